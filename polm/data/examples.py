@@ -1,0 +1,175 @@
+"""From texts to trees: documents, conversations and preference pairs, with every loss of tokens counted.
+
+The ledger is a counter of what happened: `read`, `kept`, `split`, `truncated`, `dropped`, and in tokens
+`tokens_read`, `tokens_lost`, `tokens_supervised`, `tokens_unknown`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from polm.data.readers import Message, Preference
+from polm.errors import DataError
+from polm.text.chat import render_chat, render_prompt
+from polm.tokens import Array, Segment, Tree, build_completions, build_document, tree_length
+
+Policy = Literal["error", "truncate", "drop", "split"]
+Ledger = Counter[str]
+
+
+def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> Array:
+    """Token ids of a plain document: begin token where the tokenizer has one, the text, the end token."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return np.array([*start, *ids, tokenizer.eos_token_id], dtype=np.int64)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Array:
+    """Token ids of a plain prompt for a base model: a document without its end."""
+    return encode_document(tokenizer, text)[:-1]
+
+
+def build_document_trees(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], *, context: int, too_long: Policy, ledger: Ledger
+) -> list[Tree]:
+    """A root per document; documents over `context` tokens go by the policy."""
+    trees: list[Tree] = []
+    for number, text in enumerate(texts):
+        ids = encode_document(tokenizer, text)
+        ledger["read"] += 1
+        ledger["tokens_read"] += len(ids)
+        if tokenizer.unk_token_id is not None:
+            ledger["tokens_unknown"] += int((ids == tokenizer.unk_token_id).sum())
+        if len(ids) > context and too_long == "split":
+            ledger["split"] += 1
+            pieces = [ids[a : a + context] for a in range(0, len(ids), context)]
+        else:
+            fitted = fit_context(ids, context, too_long, f"document {number}", ledger)
+            pieces = [fitted] if fitted is not None else []
+        # A piece of one token has nothing to predict.
+        ledger["tokens_lost"] += sum(len(p) for p in pieces if len(p) < 2)
+        trees.extend(build_document(p) for p in pieces if len(p) >= 2)
+    return finish(trees, ledger)
+
+
+def fit_context(ids: Array, context: int, too_long: Policy, what: str, ledger: Ledger) -> Array | None:
+    """`ids` within `context` tokens by the policy, or None when the example is dropped."""
+    if len(ids) <= context:
+        return ids
+    if too_long == "truncate":
+        ledger["truncated"] += 1
+        ledger["tokens_lost"] += len(ids) - context
+        return ids[:context]
+    if too_long == "drop":
+        ledger["dropped"] += 1
+        ledger["tokens_lost"] += len(ids)
+        return None
+    raise DataError(
+        f"{what} has {len(ids)} tokens, and the context is {context}; "
+        "set too_long: truncate or too_long: drop (both are counted), or raise bin_tokens or the model's context"
+    )
+
+
+def build_conversation_trees(
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: Sequence[list[Message]],
+    *,
+    context: int,
+    too_long: Policy,
+    train_on: Literal["all", "last"],
+    ledger: Ledger,
+) -> list[Tree]:
+    """A root per conversation whose targets are the assistant's tokens."""
+    trees: list[Tree] = []
+    for number, conversation in enumerate(conversations):
+        rendered = render_chat(tokenizer, conversation, train_on=train_on)
+        ledger["read"] += 1
+        ledger["tokens_read"] += len(rendered.token_ids)
+        ids = fit_context(rendered.token_ids, context, too_long, f"conversation {number}", ledger)
+        if ids is None:
+            continue
+        weights = rendered.assistant_mask[: len(ids)].astype(np.float32)
+        if not weights.any():
+            ledger["dropped"] += 1
+            ledger["dropped_unsupervised"] += 1
+            ledger["tokens_lost"] += len(ids)
+            continue
+        trees.append((Segment(ids, streams={"weights": weights}),))
+    return finish(trees, ledger)
+
+
+def build_preference_trees(
+    tokenizer: PreTrainedTokenizerFast,
+    preferences: Sequence[Preference],
+    *,
+    context: int,
+    too_long: Policy,
+    ledger: Ledger,
+) -> list[Tree]:
+    """A prompt with two children for each pair: chosen (mark sign = 1) and rejected (sign = -1)."""
+    trees: list[Tree] = []
+    for number, pair in enumerate(preferences):
+        prompt = render_prompt(tokenizer, pair.prompt)
+        answers = []
+        for text in (pair.chosen, pair.rejected):
+            messages = [*pair.prompt, {"role": "assistant", "content": text}]
+            answers.append(render_chat(tokenizer, messages, train_on="last").token_ids[len(prompt) :])
+        ledger["read"] += 1
+        ledger["tokens_read"] += len(prompt) + sum(len(a) for a in answers)
+        what = f"pair {number}"
+        if np.array_equal(answers[0], answers[1]):
+            ledger["dropped"] += 1
+            ledger["dropped_equal"] += 1
+            continue
+        room = context - len(prompt)
+        if room < 1:
+            if fit_context(prompt, context - 1, "drop" if too_long == "drop" else "error", what, ledger) is None:
+                continue
+        fitted = [fit_context(a, room, too_long, what, ledger) for a in answers]
+        kept = [a for a in fitted if a is not None]
+        if len(kept) == 2:
+            trees.append(build_completions(prompt, kept, marks=[{"sign": 1.0}, {"sign": -1.0}]))
+    return finish(trees, ledger)
+
+
+def finish(trees: list[Tree], ledger: Ledger) -> list[Tree]:
+    """Close the ledger of a data set; nothing to learn from is an error."""
+    ledger["kept"] += len(trees)
+    ledger["tokens_kept"] += sum(tree_length(tree) for tree in trees)
+    ledger["tokens_supervised"] += sum(
+        int(np.count_nonzero(segment.streams["weights"])) for tree in trees for segment in tree if segment.streams
+    )
+    if ledger["tokens_supervised"] == 0:
+        raise DataError(
+            f"no token is supervised ({ledger['read']} examples read, {ledger['dropped']} dropped); "
+            "check the roles of the messages, the chat template and too_long"
+        )
+    return trees
+
+
+def attach_streams(trees: Sequence[Tree], streams: dict[str, Array]) -> list[Tree]:
+    """Hand flat arrays over all tokens of all trees (in order) out to their segments."""
+    total = sum(tree_length(tree) for tree in trees)
+    for name, values in streams.items():
+        if len(values) != total:
+            raise DataError(
+                f"the annotation {name!r} covers {len(values)} tokens, the data has {total}: it was made from other "
+                "data, another tokenizer or another context; annotate again"
+            )
+    out, offset = [], 0
+    for tree in trees:
+        segments = []
+        for segment in tree:
+            part = slice(offset, offset + len(segment))
+            own = {**segment.streams, **{name: values[part] for name, values in streams.items()}}
+            segments.append(Segment(segment.tokens, segment.parent, own, segment.marks))
+            offset += len(segment)
+        out.append(tuple(segments))
+    return out
+
+

@@ -1,0 +1,121 @@
+"""Best-fit packing of trees into bins of bounded length, and the batch source that walks over the bins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polm.errors import DataError
+from polm.tokens import Step, Tree, collate, tree_length
+
+
+def pack_best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
+    """Assign items, taken in `order`, each to the open bin with the least room that still holds it.
+
+    Returns the item indices of each bin. O(items) with a bit set of the rooms that occur. Raises DataError when an
+    item is longer than `capacity`.
+    """
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r is set while some open bin has exactly r tokens of room
+    for item in order:
+        need = lengths[item]
+        if need > capacity:
+            raise DataError(f"item {item} has {need} tokens, more than a bin of {capacity}; raise bin_tokens")
+        fitting = rooms >> need
+        if fitting:
+            room = need + (fitting & -fitting).bit_length() - 1
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+            bins[chosen].append(item)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([item])
+        left = room - need
+        by_room[left].append(chosen)
+        rooms |= 1 << left
+    return bins
+
+
+@dataclass(frozen=True)
+class PackedTrees:
+    """Trees packed once, walked in a fresh order each epoch; update u is a pure function of (seed, u).
+
+    `bins_per_update` bins make an update, `micro_bins` of them a forward pass (0 = all). The last update of an epoch
+    runs over into the next one, so every update has the same number of bins.
+    """
+
+    trees: Sequence[Tree]
+    bins: Sequence[Sequence[int]]
+    bins_per_update: int
+    micro_bins: int
+    num_updates: int
+    seed: int
+
+    def resumable(self, update: int) -> bool:
+        del update
+        return True
+
+    def bins_of(self, update: int) -> list[int]:
+        """Indices of the bins of an update."""
+        first = update * self.bins_per_update
+        out = []
+        for place in range(first, first + self.bins_per_update):
+            epoch, offset = divmod(place, len(self.bins))
+            out.append(int(epoch_order(len(self.bins), self.seed, epoch)[offset]))
+        return out
+
+    def step(self, update: int, model: Any = None) -> Step:
+        """The micro-batches of an update; the model has no say in them."""
+        del model
+        chosen = self.bins_of(update)
+        size = self.micro_bins or len(chosen)
+        return Step(
+            [
+            collate(
+                (self.trees[i] for b in chosen[first : first + size] for i in self.bins[b]),
+                seed=(self.seed << 40) + (update << 16) + first,
+            )
+            for first in range(0, len(chosen), size)
+        ])
+
+
+_ORDERS: dict[tuple[int, int, int], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+
+
+def epoch_order(num: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The permutation of an epoch; the last two are remembered, as an update may touch both."""
+    key = (num, seed, epoch)
+    if key not in _ORDERS:
+        while len(_ORDERS) >= 4:
+            _ORDERS.pop(next(iter(_ORDERS)))
+        _ORDERS[key] = np.random.default_rng((seed, epoch, 1)).permutation(num)
+    return _ORDERS[key]
+
+
+def pack_trees(
+    trees: Sequence[Tree],
+    *,
+    bin_tokens: int,
+    bins_per_update: int,
+    micro_bins: int,
+    updates: int | None,
+    epochs: float | None,
+    seed: int,
+) -> PackedTrees:
+    """Pack trees for training; `updates` or `epochs` (one, when both are absent) says how long it goes on.
+
+    Packing order depends on `seed` and the lengths alone, so the arms of an experiment share it.
+    """
+    if not trees:
+        raise DataError("there is nothing to train on: every example was dropped, or the file is empty")
+    lengths = [tree_length(tree) for tree in trees]
+    order = np.random.default_rng((seed, 0)).permutation(len(trees)).tolist()
+    bins = pack_best_fit(lengths, bin_tokens, order)
+    if updates is None:
+        updates = max(1, round((epochs or 1.0) * len(bins) / bins_per_update))
+    return PackedTrees(trees, bins, bins_per_update, micro_bins, updates, seed)

@@ -1,0 +1,62 @@
+"""Scores of a frozen model over trees, as flat arrays in the order of the trees; computed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from polm.data.packing import pack_best_fit
+from polm.engine.score import score, score_top_k
+from polm.tokens import Array, Tree, collate, tree_length
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Over all tokens of all trees: log-probabilities [total], zero where nothing predicts the token or the data
+    does not supervise it; with `top_k`, ids and log-probabilities [total, K] of the likeliest tokens there."""
+
+    logprobs: Array
+    top_ids: Array | None = None
+    top_logprobs: Array | None = None
+
+
+@torch.no_grad()
+def annotate_trees(
+    model: PreTrainedModel,
+    trees: Sequence[Tree],
+    *,
+    bin_tokens: int,
+    top_k: int = 0,
+    bf16: bool = False,
+    report: Callable[[int, int], None] | None = None,
+) -> Annotation:
+    """Score every supervised token of `trees` under a frozen model, in bins of at most `bin_tokens`.
+
+    Trees of like length share a bin, so that attention pads little. `report` receives (bins done, bins).
+    """
+    lengths = [tree_length(tree) for tree in trees]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    order = sorted(range(len(trees)), key=lambda i: (-lengths[i], i))
+    bins = pack_best_fit(lengths, max(bin_tokens, max(lengths)), order)
+    total = int(offsets[-1])
+    out = Annotation(np.zeros(total, dtype=np.float32))
+    if top_k:
+        size = min(top_k, int(model.get_output_embeddings().weight.shape[0]))
+        ids, values = np.zeros((total, size), dtype=np.int64), np.zeros((total, size), dtype=np.float32)
+        out = replace(out, top_ids=ids, top_logprobs=values)
+    model.eval()
+    for done, members in enumerate(bins, start=1):
+        batch = collate(trees[i] for i in members).to(model.device)
+        places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in members])
+        targets = places[batch.targets_N.cpu().numpy()]
+        out.logprobs[targets] = score(model, batch, bf16=bf16).logprobs_N.cpu().numpy()
+        if out.top_ids is not None and out.top_logprobs is not None:
+            top_ids, top_logprobs = score_top_k(model, batch, top_k, bf16=bf16)
+            out.top_ids[targets], out.top_logprobs[targets] = top_ids.cpu().numpy(), top_logprobs.cpu().numpy()
+        if report is not None:
+            report(done, len(bins))
+    return out

@@ -1,0 +1,204 @@
+"""The one training loop. One iteration is one optimizer update; a stage brings a batch source and an objective.
+
+Everything random in update u is drawn from (seed, u), so nothing but the weights, the optimizer and u has to be
+saved: a killed run goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from polm.engine.checkpoint import restore_checkpoint, save_checkpoint
+from polm.engine.device import use_bf16
+from polm.engine.optimizer import build_optimizers, set_rate
+from polm.engine.schedule import compute_rate_factor
+from polm.engine.score import score
+from polm.errors import NonFiniteError
+from polm.recipe import TrainSettings
+from polm.tokens import Metric, Objective, Step, TokenBatch
+
+
+class BatchSource(Protocol):
+    """Where batches come from. `step` must be a pure function of (update, the model's weights)."""
+
+    @property
+    def num_updates(self) -> int: ...
+
+    def step(self, update: int, model: PreTrainedModel) -> Step: ...
+
+    def resumable(self, update: int) -> bool:
+        """Whether a run may restart at `update` (false inside a rollout that serves several updates)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FitResult:
+    num_updates: int
+    tokens: int
+    targets: int
+    seconds: float
+    last: Mapping[str, Any]
+
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def fit(
+    model: PreTrainedModel,
+    source: BatchSource,
+    objective: Objective,
+    settings: TrainSettings,
+    workdir: Path,
+    *,
+    temperature: float = 1.0,
+    report: Report | None = None,
+) -> FitResult:
+    """Train `model` in place and write `metrics.jsonl` into `workdir`; goes on from a checkpoint found there.
+
+    `report` receives each logged line (see `_line` for its keys). Raises NonFiniteError, with the batch saved, when
+    the loss or the gradient is not finite, and StoreError when a checkpoint cannot be written.
+    """
+    device = model.device.type
+    bf16 = use_bf16(settings.precision, device)
+    optimizers = build_optimizers(model, settings.optimizer)
+    progress = restore_checkpoint(workdir, model, optimizers)
+    log = MetricsLog(workdir / "metrics.jsonl", progress.update)
+    model.train()
+    line: dict[str, Any] = {}
+    began = time.perf_counter() - progress.seconds
+    for update in range(progress.update, source.num_updates):
+        torch.manual_seed((settings.seed << 32) + update)  # dropout, where a model has it
+        rate = set_rate(optimizers, compute_rate_factor(update, source.num_updates, settings.schedule))
+        step = source.step(update, model)
+        loss, metrics = accumulate(model, step.batches, objective, temperature, bf16)
+        norm = _clip(model, settings.optimizer.clip_norm)
+        _require_finite(loss, norm, step.batches, update, workdir)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        progress = replace(
+            progress,
+            update=update + 1,
+            tokens=progress.tokens + sum(batch.num_tokens for batch in step.batches),
+            targets=progress.targets + sum(batch.num_targets for batch in step.batches),
+            seconds=time.perf_counter() - began,
+        )
+        last = progress.update == source.num_updates
+        if last or progress.update % settings.log_every == 0:
+            line = _line(progress, source.num_updates, rate, loss, norm, {**metrics, **step.metrics})
+            log.write(line)
+            if report is not None:
+                report(line)
+        due = settings.checkpoint_every and progress.update % settings.checkpoint_every == 0
+        if due and not last and source.resumable(progress.update):
+            save_checkpoint(workdir, model, optimizers, progress)
+    return FitResult(source.num_updates, progress.tokens, progress.targets, progress.seconds, line)
+
+
+def accumulate(
+    model: PreTrainedModel, batches: Sequence[TokenBatch], objective: Objective, temperature: float, bf16: bool
+) -> tuple[float, dict[str, Any]]:
+    """Gradients of sum(totals) / sum(denominators) over the micro-batches of one update, left in `.grad`.
+
+    Returns the loss and the averaged metrics. Sums are local and the division is global, so the split into
+    micro-batches does not change the result.
+    """
+    total = denominator = torch.zeros(())
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for batch in batches:
+        on_device = batch.to(model.device)
+        scores = score(model, on_device, objective.needs, temperature=temperature, bf16=bf16)
+        out = objective.compute(scores, on_device)
+        out.total.backward()  # type: ignore[no-untyped-call]
+        total = total + out.total.detach().cpu().double()
+        denominator = denominator + out.denominator.detach().cpu().double()
+        for name, metric in out.metrics.items():
+            sums[name] = _add(sums.get(name), metric)
+    if float(denominator) > 0:
+        inverse = 1.0 / float(denominator)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(inverse)
+    metrics = {name: (top / bottom.clamp(min=1e-12)).tolist() for name, (top, bottom) in sums.items()}
+    return float(total / denominator.clamp(min=1e-12)), metrics
+
+
+def _add(before: tuple[Tensor, Tensor] | None, metric: Metric) -> tuple[Tensor, Tensor]:
+    total = metric.total.detach().cpu().double()
+    count = torch.as_tensor(metric.count).detach().cpu().double()
+    return (total, count) if before is None else (before[0] + total, before[1] + count)
+
+
+def _clip(model: PreTrainedModel, clip_norm: float) -> float:
+    """The gradient's norm before clipping; gradients longer than `clip_norm` (if not 0) are scaled down to it."""
+    limit = clip_norm if clip_norm > 0 else float("inf")
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+
+def _require_finite(loss: float, norm: float, batches: Sequence[TokenBatch], update: int, workdir: Path) -> None:
+    """Stop before a bad update reaches the weights, and keep the batch for a post-mortem."""
+    if torch.isfinite(torch.tensor([loss, norm])).all():
+        return
+    file = workdir / f"nonfinite-update-{update}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        own = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        for name, value in {**own, **{f"streams.{k}": v for k, v in batch.streams.items()}}.items():
+            tensors[f"{number}.{name}"] = value.cpu().contiguous()
+    save_file(tensors, file)
+    raise NonFiniteError(
+        f"update {update}: the loss is {loss} and the gradient norm {norm}; the weights were not changed. "
+        f"The batch is in {file}. Lower the learning rate, use precision: fp32, or look for extreme inputs"
+    )
+
+
+def _line(
+    progress: Any, num_updates: int, rate: float, loss: float, norm: float, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    speed = progress.tokens / max(progress.seconds, 1e-9)
+    left = progress.seconds / progress.update * (num_updates - progress.update)
+    return {
+        "update": progress.update,
+        "num_updates": num_updates,
+        "tokens": progress.tokens,
+        "targets": progress.targets,
+        "seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(speed, 1),
+        "eta_seconds": round(left, 1),
+        "lr": rate,
+        "loss": loss,
+        "grad_norm": norm,
+        **metrics,
+    }
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl`; lines past the checkpoint that a run goes on from are taken out first."""
+
+    def __init__(self, path: Path, update: int):
+        kept = []
+        if path.exists():
+            for raw in path.read_text().splitlines():
+                try:
+                    row = json.loads(raw)
+                except json.JSONDecodeError:
+                    break  # the line that a kill cut short; everything after it is repeated
+                if row["update"] <= update:
+                    kept.append(raw)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(raw + "\n" for raw in kept))
+        self._handle = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._handle.write(json.dumps(line) + "\n")
+        self._handle.flush()

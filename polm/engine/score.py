@@ -1,0 +1,145 @@
+"""Log-probabilities of the targets of a batch, in chunks: full logits [T, V] never exist.
+
+Shape suffixes: N targets, D width, V vocabulary, K token ids scored per target (the target first).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from polm.models.loading import compute_hidden, output_head
+from polm.tokens import Needs, Scores, TokenBatch
+
+MAX_LOGITS = 1 << 24  # logits of one chunk: 64 MB in float32
+
+
+def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """bf16 compute over fp32 masters, or nothing."""
+    return torch.autocast(device, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def score(
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    needs: Needs | None = None,
+    *,
+    temperature: float = 1.0,
+    bf16: bool = False,
+) -> Scores:
+    """Score every target of `batch` (on the model's device) under `model`.
+
+    `temperature` divides the logits, so that a tempered policy is trained as it was sampled. Gradients flow to the
+    model when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
+    """
+    needs = needs or Needs()
+    device = batch.tokens_T.device.type
+    with autocast(device, bf16):
+        hidden_TD = compute_hidden(model, batch)
+    hidden_ND = hidden_TD.index_select(0, batch.target_predictors_N)
+    ids_NK = batch.target_tokens_N[:, None]
+    if needs.candidates is not None:
+        ids_NK = torch.cat([ids_NK, batch.at_targets(needs.candidates)], dim=1)
+    weight, cap = output_head(model)
+    compute_dtype = torch.bfloat16 if bf16 else weight.dtype
+    logprobs_NK, entropy_N = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight, ids_NK, temperature, cap, needs.entropy, compute_dtype
+    )
+    return Scores(
+        logprobs_N=logprobs_NK[:, 0],
+        entropy_N=entropy_N if needs.entropy else None,
+        candidates_NK=logprobs_NK[:, 1:] if needs.candidates is not None else None,
+    )
+
+
+@torch.no_grad()
+def score_top_k(model: PreTrainedModel, batch: TokenBatch, top_k: int, *, bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """The `top_k` likeliest next tokens at each target: (ids [N, K] int64, log-probabilities [N, K] float32)."""
+    with autocast(batch.tokens_T.device.type, bf16):
+        hidden_TD = compute_hidden(model, batch)
+    hidden_ND = hidden_TD.index_select(0, batch.target_predictors_N)
+    weight, cap = output_head(model)
+    ids, values = [], []
+    for part in _chunks(len(hidden_ND), weight.shape[0]):
+        logits = _chunk_logits(hidden_ND[part], weight.to(hidden_ND.dtype), 1.0, cap)
+        top = torch.log_softmax(logits, dim=-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+        ids.append(top.indices)
+        values.append(top.values)
+    return torch.cat(ids), torch.cat(values)
+
+
+def _chunks(num_rows: int, vocab: int) -> list[slice]:
+    rows = max(1, MAX_LOGITS // vocab)
+    return [slice(a, min(a + rows, num_rows)) for a in range(0, num_rows, rows)] or [slice(0, 0)]
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float, cap: float | None) -> Tensor:
+    """Float32 logits of one chunk, capped and tempered."""
+    logits = torch.matmul(hidden, weight.t()).float()
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.div_(temperature) if temperature != 1.0 else logits
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """(hidden, output matrix, ids) -> log-probabilities of ids and entropy; the backward pass computes logits again.
+
+    With p the predicted distribution, g_k the gradient of logprob k and h that of the entropy H:
+    d loss / d logit_v = sum_k g_k (1[v = id_k] - p_v) - h p_v (log p_v + H).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        ids_NK: Tensor,
+        temperature: float,
+        cap: float | None,
+        with_entropy: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        weight = weight_VD.to(dtype)
+        logprobs = torch.empty(ids_NK.shape, dtype=torch.float32, device=hidden_ND.device)
+        entropy = torch.zeros(ids_NK.shape[0] if with_entropy else 0, dtype=torch.float32, device=hidden_ND.device)
+        for part in _chunks(len(hidden_ND), weight.shape[0]):
+            logp = torch.log_softmax(_chunk_logits(hidden_ND[part].to(dtype), weight, temperature, cap), dim=-1)
+            logprobs[part] = logp.gather(1, ids_NK[part])
+            if with_entropy:
+                entropy[part] = -(logp.exp() * logp).sum(-1)
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK)
+        ctx.settings = temperature, cap, with_entropy, dtype
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs_NK, grad_entropy_N = grads
+        hidden_ND, weight_VD, ids_NK = ctx.saved_tensors
+        temperature, cap, with_entropy, dtype = ctx.settings
+        weight = weight_VD.to(dtype)
+        grad_hidden = torch.empty(hidden_ND.shape, dtype=hidden_ND.dtype, device=hidden_ND.device)
+        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        for part in _chunks(len(hidden_ND), weight.shape[0]):
+            hidden = hidden_ND[part].to(dtype)
+            logits = _chunk_logits(hidden, weight, temperature, cap)
+            logp = torch.log_softmax(logits, dim=-1)
+            grad = logp.exp()
+            if with_entropy:
+                entropy = -(grad * logp).sum(-1, keepdim=True)
+                pull = grad_logprobs_NK[part].sum(-1, keepdim=True) + grad_entropy_N[part, None] * (logp + entropy)
+                grad = grad.mul_(pull).neg_()
+            else:
+                grad.mul_(-grad_logprobs_NK[part].sum(-1, keepdim=True))
+            grad.scatter_add_(1, ids_NK[part], grad_logprobs_NK[part])
+            if temperature != 1.0:
+                grad.div_(temperature)
+            if cap is not None:  # the logits were already divided by the temperature
+                grad.mul_(1.0 - (logits * (temperature / cap)) ** 2)
+            grad = grad.to(dtype)
+            grad_hidden[part] = torch.matmul(grad, weight).to(hidden_ND.dtype)
+            grad_weight += torch.matmul(grad.t(), hidden).float()
+        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None, None, None

@@ -1,0 +1,192 @@
+"""The artifact store: what a stage wrote, under a key that says what it was made from.
+
+An artifact's key hashes the stage, its version, its semantic settings and its inputs' keys. Its manifest is written
+last and atomically, so a folder without a manifest is unfinished, and running the stage again goes on in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from polm.config import Settings, semantic_values
+from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerprint_values, list_files
+from polm.errors import StoreError
+from polm.recipe import DataStage, FolderData, WordProblemsData
+from polm.stages.common import Context, Stage, StageResult
+
+MANIFEST = "manifest.json"
+KEY_LENGTH = 12
+
+
+def compute_key(stage: Stage, settings: Settings, input_keys: Mapping[str, str]) -> str:
+    """The key of an artifact: sha256 over what it is made from. Paths in the data settings go in by content."""
+    values = semantic_values(settings)
+    if isinstance(settings, DataStage) and isinstance(settings.data, FolderData | WordProblemsData):
+        path = settings.data.path
+        values["data"]["path"] = fingerprint_path(path) if path.exists() else str(path)
+    return fingerprint_values(
+        {"stage": stage.name, "version": stage.version, "settings": values, "inputs": dict(input_keys)}
+    )
+
+
+def external_key(source: str) -> str:
+    """The key of an input from outside the store: its manifest's key, its content's hash, or a hub id as it is."""
+    path = Path(source)
+    if (path / MANIFEST).is_file():
+        return str(read_manifest(path)["key"])
+    return fingerprint_path(path) if path.exists() else f"hub:{source}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact; StoreError when it is damaged."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest["key"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"the manifest of {folder} cannot be read ({error}); remove the folder and run again") from error
+    return manifest
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def check_artifact(folder: Path, key: str, *, deep: bool = False) -> dict[str, Any]:
+    """The manifest of a finished artifact, checked against the files (sizes; with `deep`, contents)."""
+    manifest = read_manifest(folder)
+    if manifest["key"] != key:
+        raise StoreError(
+            f"{folder} holds another artifact (key {manifest['key'][:KEY_LENGTH]}, expected {key[:KEY_LENGTH]}: other "
+            "settings or inputs); give another out=FOLDER, or remove this one"
+        )
+    for name, info in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problem = f"{name} is missing"
+        elif path.stat().st_size != info["bytes"]:
+            problem = f"{name} has {path.stat().st_size} bytes, the manifest says {info['bytes']}"
+        elif deep and fingerprint_bytes(path) != info["sha256"]:
+            problem = f"the content of {name} is not what the manifest says"
+        else:
+            continue
+        raise StoreError(
+            f"the artifact {folder} does not match its manifest: {problem}. Remove the folder and run the same "
+            "command again: it is made anew, and what it feeds keeps its key"
+        )
+    return manifest
+
+
+@contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock file; StoreError names the live process that has it. A dead one leaves no lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            raise StoreError(
+                f"{what} is in use by process {owner}; wait for it, or stop it (kill {owner}) and run again"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage to be run into one folder."""
+
+    stage: Stage
+    settings: Settings
+    inputs: Mapping[str, str]
+    input_keys: Mapping[str, str]
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return compute_key(self.stage, self.settings, self.input_keys)
+
+
+def execute(work: Work, context: Context) -> dict[str, Any]:
+    """Run a stage unless its artifact is there already; returns the manifest.
+
+    Raises StoreError when the folder is in use, holds another artifact, or the disk is full. After a kill the same
+    call goes on from what the stage left.
+    """
+    key = work.key
+    if is_finished(work.folder):
+        return check_artifact(work.folder, key)
+    with lock(work.folder.with_name(f".{work.folder.name}.lock"), str(work.folder)):
+        _claim(work.folder, key)
+        started = datetime.now(UTC)
+        clock = time.perf_counter()
+        try:
+            result = work.stage.run(work.settings, context)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(
+                    f"the disk is full while writing {work.folder}; free space and run the same command again"
+                ) from error
+            raise
+        return write_manifest(work, key, result, started, time.perf_counter() - clock)
+
+
+def _claim(folder: Path, key: str) -> None:
+    """Note in an unfinished folder which key it is for; leftovers of another key are refused, never mixed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = folder / ".key"
+    if claim.is_file() and claim.read_text() != key:
+        raise StoreError(f"{folder} holds an unfinished artifact of other settings; remove it or give another folder")
+    if not claim.is_file():
+        if any(folder.iterdir()):
+            raise StoreError(f"{folder} is not empty and holds no artifact of ours; give an empty or new folder")
+        claim.write_text(key)
+
+
+def write_manifest(
+    work: Work, key: str, result: StageResult, started: datetime, seconds: float
+) -> dict[str, Any]:
+    """Hash every file, then write the manifest, last and atomically."""
+    files = {
+        str(p.relative_to(work.folder)): {"bytes": p.stat().st_size, "sha256": fingerprint_bytes(p)}
+        for p in list_files(work.folder)
+        if p.name != MANIFEST
+    }
+    manifest = {
+        "key": key,
+        "stage": work.stage.name,
+        "version": work.stage.version,
+        "config": semantic_values(work.settings),
+        "inputs": dict(work.input_keys),
+        "files": files,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "threads": getattr(work.settings, "threads", 1),
+        "summary": dict(result.summary),
+        "ledger": dict(result.ledger),
+    }
+    temporary = work.folder / ".manifest.json.tmp"
+    with temporary.open("w") as handle:
+        json.dump(manifest, handle, indent=2)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(work.folder / MANIFEST)
+    return manifest

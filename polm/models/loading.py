@@ -1,0 +1,217 @@
+"""Models and tokenizers in Hugging Face format: build, load, check, save.
+
+A base is a local path or a hub id. Whatever is loaded is checked once: its log-probabilities by the token forest
+must equal those of its own forward pass, so that an architecture which we would compute wrongly (state along the
+stream, logits processed in a way that we do not know) is refused instead of trained wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from polm.errors import ModelError, StoreError
+from polm.models.forest_attention import FOREST, build_plan
+from polm.tokens import TokenBatch, build_completions, build_document, collate
+
+CHECK_TOLERANCE = 1e-3
+
+
+def build_model(
+    *,
+    architecture: str,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    intermediate_size: int,
+    max_positions: int,
+    tie_embeddings: bool,
+    rope_theta: float,
+    seed: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> PreTrainedModel:
+    """A model with random weights in the layout of a `transformers` architecture such as `qwen3` or `llama`."""
+    known = sorted(AutoModelForCausalLM._model_mapping._model_mapping)
+    if architecture not in known:
+        raise ModelError(f"architecture {architecture!r} is not one that transformers knows; for example: llama, qwen3")
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        attention_dropout=0.0,
+    )
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return prepare_model(model, architecture)
+
+
+def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a causal language model from a folder or a hub id, ready for the token forest.
+
+    Raises ModelError naming what is missing and the cure.
+    """
+    name = require_source(source, "model")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"the model {name} could not be loaded: {first_line(error)}") from error
+    return prepare_model(model.to(device), name)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a folder or a hub id."""
+    name = require_source(source, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer of {name} could not be loaded: {first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{name} has only a slow tokenizer; a fast one (tokenizer.json) is needed for exact offsets")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    out: PreTrainedTokenizerFast = tokenizer
+    return out
+
+
+def require_source(source: str | Path, what: str) -> str:
+    """The name to hand to `from_pretrained`; a path that looks local must exist and hold a config."""
+    name = str(source)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        needed = "config.json" if what == "model" else "tokenizer_config.json"
+        if not (path / needed).is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise ModelError(f"{path} is not a {what} folder: no {needed} in it (found {found})")
+        return str(path)
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"no {what} folder at {name}; give a folder with a Hugging Face checkpoint, or a hub id")
+    return name
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Switch a model to the forest attention and check that it computes the same numbers."""
+    check_ids = _check_ids(model)
+    model.eval()
+    with torch.no_grad():
+        try:
+            expected = model(input_ids=check_ids[None], use_cache=False).logits[0].float()
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"{name} does not run as a causal language model: {first_line(error)}") from error
+    try:
+        model.set_attn_implementation(FOREST)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"{name} ({model.config.model_type}) does not take a registered attention: {error}") from error
+    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+        model.config.get_text_config().attention_dropout = 0.0
+    _check_forest(model, check_ids, expected, name)
+    return model.train()
+
+
+def _check_ids(model: PreTrainedModel) -> torch.Tensor:
+    size = int(model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, size, (12,), generator=generator).to(model.device)
+
+
+def _check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.Tensor, name: str) -> None:
+    """A stranger, then a prompt and its continuation as a child: the second tree must see only itself."""
+    numbers = ids.cpu().numpy()
+    batch = collate([build_document(numbers[::-1].copy()), build_completions(numbers[:5], [numbers[5:]])])
+    with torch.no_grad():
+        hidden = compute_hidden(model, batch.to(model.device))[len(numbers) :]
+        logits = output_logits(model, hidden)
+    gap = float((torch.log_softmax(logits, -1) - torch.log_softmax(expected_TV, -1)).abs().max())
+    low_precision = next(model.parameters()).dtype != torch.float32
+    if not gap <= (0.2 if low_precision else CHECK_TOLERANCE):
+        raise ModelError(
+            f"{name} ({model.config.model_type}) gives other log-probabilities as a token forest than on its own "
+            f"(largest difference {gap:.2g}): it carries state along the stream, or treats its logits in a way that "
+            "polm does not reproduce. Use a plain attention decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)."
+        )
+
+
+def compute_hidden(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
+    """Final hidden states of the stream, [T, width], after the last norm."""
+    plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads))
+    decoder = model.get_decoder()
+    out = decoder(
+        input_ids=batch.tokens_T[None],
+        position_ids=batch.positions_T[None],
+        attention_mask=None,
+        use_cache=False,
+        forest=plan,
+    )
+    hidden: torch.Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+def output_head(model: PreTrainedModel) -> tuple[nn.Parameter, float | None]:
+    """The output matrix [V, width] and the soft cap of the logits, if the architecture has one."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ModelError(f"{model.config.model_type}: the output layer has a bias, which the chunked head lacks")
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return head.weight, cap
+
+
+def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Float32 logits [N, V] of a few positions (the generator's case; training uses the chunked head)."""
+    weight, cap = output_head(model)
+    logits = torch.nn.functional.linear(hidden_ND.to(weight.dtype), weight).float()
+    return cap * torch.tanh(logits / cap) if cap is not None else logits
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
+    """Write an ordinary Hugging Face checkpoint (safetensors), atomically: the folder appears complete or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, safe_serialization=True)
+        _forget_attention(temporary / "config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StoreError(f"the model could not be written to {folder}: {first_line(error)}; free space and run again") from error
+
+
+def _forget_attention(config: Path) -> None:
+    """A saved config must not name our attention: any `transformers` program loads it."""
+    values: dict[str, Any] = json.loads(config.read_text())
+    for key in ("_attn_implementation", "attn_implementation"):
+        values.pop(key, None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Number of distinct parameters (tied ones once)."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,126 @@
+"""The clipped policy gradient of PPO, GRPO, DAPO and Dr. GRPO; they differ in advantages and in what they divide by.
+
+A completion is a segment with at least one target token.
+
+Shape suffixes: N target tokens, S segments.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from polm.errors import RecipeError
+from polm.signals.kl import compute_kl_k3
+from polm.signals.token_weights import compute_segment_sum
+from polm.tokens import Loss, Metric, Needs, Objective, Scores, TokenBatch
+
+Normalize = Literal["tokens", "sequences", "constant"]
+
+
+def build_policy_gradient(
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_beta: float,
+    normalize: Normalize,
+    max_completion_tokens: int,
+    unbiased_kl: bool = True,
+    log_entropy: bool = False,
+) -> Objective:
+    """loss of a token = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_beta * kl.
+
+    ratio = p / p_old (PPO, arXiv 1707.06347, equation 7). kl is the estimate k3 of KL(learner || reference); with
+    `unbiased_kl` it is k3 * ratio, whose gradient is that of the divergence itself, ratio * log(p / p_ref) (arXiv
+    2512.02556; TRL's default). Without, it is the bare k3 of the GRPO paper, whose gradient on-policy is another one,
+    1 - p_ref / p. The tokens' losses, times the data's weights, are summed and divided as `normalize` says:
+      "tokens"     by the number of target tokens (DAPO, arXiv 2503.14476, equation 8)
+      "sequences"  the mean within each completion, then the mean over completions (GRPO, arXiv 2402.03300, equation 3)
+      "constant"   by the number of completions times `max_completion_tokens` (Dr. GRPO, arXiv 2503.20783)
+
+    Reads the stream `advantages`; `old_logprobs` where there is one (without it the learner's own, detached: exactly
+    on-policy, the ratio is 1); `sampler_logprobs` where there is one, for `rl/sampler_gap` only; `ref_logprobs` when
+    kl_beta > 0. Raises RecipeError for a number out of range.
+
+    Metrics (means over target tokens): `rl/ratio_mean`, `rl/clip_low_fraction` (ratio below, advantage negative),
+    `rl/clip_high_fraction` (ratio above, advantage positive), `rl/approx_kl` (k3 of KL(old || learner)), `rl/kl` (the
+    kl of the loss), `rl/entropy` (with `log_entropy`), `rl/sampler_gap` (|log p - log p_sampler|), and
+    `rl/sampler_gap_max`: the largest gap of a micro-batch, averaged over the update's micro-batches.
+    """
+    if not 0.0 <= clip_low <= 1.0 or clip_high < 0.0:
+        raise RecipeError(f"policy gradient: clip_low is {clip_low} (in [0, 1]), clip_high is {clip_high} (at least 0)")
+    if kl_beta < 0.0:
+        raise RecipeError(f"policy gradient: kl_beta is {kl_beta}; it must be 0 (no reference) or above")
+    if normalize not in ("tokens", "sequences", "constant"):
+        raise RecipeError(
+            f"policy gradient: normalize is {normalize!r}; it must be 'tokens', 'sequences' or 'constant'"
+        )
+    if max_completion_tokens < 1:
+        raise RecipeError(f"policy gradient: max_completion_tokens is {max_completion_tokens}; it must be at least 1")
+
+    def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        logprobs_N = scores.logprobs_N.float()
+        advantages_N = batch.at_targets("advantages").float()
+        has_old = "old_logprobs" in batch.streams
+        old_N = batch.at_targets("old_logprobs").float() if has_old else logprobs_N.detach()
+        ratio_N = torch.exp(logprobs_N - old_N)
+        clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
+        loss_N = -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+        per_token = {
+            "rl/ratio_mean": ratio_N,
+            "rl/clip_low_fraction": (ratio_N < 1.0 - clip_low) & (advantages_N < 0),
+            "rl/clip_high_fraction": (ratio_N > 1.0 + clip_high) & (advantages_N > 0),
+            "rl/approx_kl": compute_kl_k3(old_N, logprobs_N),
+        }
+        if kl_beta > 0.0:
+            kl_N = compute_kl_k3(logprobs_N, batch.at_targets("ref_logprobs").float())
+            if unbiased_kl:
+                kl_N = ratio_N * kl_N
+            loss_N = loss_N + kl_beta * kl_N
+            per_token["rl/kl"] = kl_N
+        if log_entropy:
+            assert scores.entropy_N is not None, "the policy gradient asked the engine for the entropy"
+            per_token["rl/entropy"] = scores.entropy_N
+        weights_N = batch.at_targets("weights")
+        total, denominator = compute_normalized(loss_N, weights_N, batch, normalize, max_completion_tokens)
+        return Loss(total, denominator, _build_metrics(per_token, logprobs_N.detach(), weights_N, batch))
+
+    return Objective(
+        name="policy_gradient",
+        compute=compute,
+        needs=Needs(entropy=log_entropy),
+        reads=("weights", "advantages", "ref_logprobs") if kl_beta > 0.0 else ("weights", "advantages"),
+    )
+
+
+def compute_normalized(
+    loss_N: Tensor, weights_N: Tensor, batch: TokenBatch, normalize: Normalize, max_completion_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The sum of the tokens' losses and the denominator that belongs to it, both scalars."""
+    if normalize == "tokens":
+        return (weights_N * loss_N).sum(), weights_N.sum()
+    segments_N = batch.target_segments_N
+    num_targets_S = torch.bincount(segments_N, minlength=batch.num_segments)
+    num_completions = (num_targets_S > 0).sum().float()
+    if normalize == "constant":
+        return (weights_N * loss_N).sum(), num_completions * max_completion_tokens
+    completion_weight_N = compute_segment_sum(weights_N, segments_N, batch.num_segments)[segments_N]
+    return (weights_N / completion_weight_N * loss_N).sum(), num_completions
+
+
+@torch.no_grad()
+def _build_metrics(
+    per_token: dict[str, Tensor], logprobs_N: Tensor, weights_N: Tensor, batch: TokenBatch
+) -> dict[str, Metric]:
+    """Means over the target tokens, and the distance from the sampler's own log-probabilities where they are known."""
+    metrics = {}
+    if "sampler_logprobs" in batch.streams:
+        gap_N = (logprobs_N - batch.at_targets("sampler_logprobs").float()).abs()
+        per_token = {**per_token, "rl/sampler_gap": gap_N}
+        if len(gap_N):
+            metrics["rl/sampler_gap_max"] = Metric(gap_N.max(), 1.0)
+    for name, value_N in per_token.items():
+        metrics[name] = Metric((weights_N * value_N.float()).sum(), weights_N.sum())
+    return metrics

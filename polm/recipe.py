@@ -1,0 +1,289 @@
+"""Every knob of polm, typed. One class a section; a recipe is a `Recipe`, a stage's own file is its section.
+
+Learning rates are per update, token counts are in tokens, shares are in [0, 1]. A field marked not semantic changes
+no result, so it is no part of an artifact's key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from polm.config import Settings
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=0)]
+NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+class DemoData(Settings):
+    """The embedded default: ten generated tasks, generated prose, corrupted solutions."""
+
+    source: Literal["demo"] = "demo"
+    seed: Number = 0
+    num_pretrain_docs: Count = 30_000
+    num_midtrain_docs: Count = 8_000
+    num_sft: Count = 1_400
+    num_prompts: Count = 2_000
+    num_items: Count = 200
+    prose_share: Share = 0.25
+    direct_share: Share = 0.3
+    corrupted_share: Share = 0.12
+    chat_share: Share = 0.1
+    midtrain_prose_share: Share = 0.5
+    midtrain_corrupted_share: Share = 0.3
+
+
+class WordProblemsData(Settings):
+    """GSM8K, MAWPS, ASDiv and SVAMP from a folder of the published files; the split is by a hash of the question."""
+
+    source: Literal["word_problems"]
+    path: Path = Field(description="folder that holds gsm8k/ and word_problems/")
+    seed: Number = 0
+    holdout_share: Share = 0.2
+
+
+class FolderData(Settings):
+    """A data set folder of your own: pretrain.jsonl, midtrain.jsonl, sft.jsonl, prompts.jsonl, benchmarks/*.jsonl."""
+
+    source: Literal["folder"]
+    path: Path
+
+
+DataSettings = Annotated[DemoData | WordProblemsData | FolderData, Field(discriminator="source")]
+
+
+class DataStage(Settings):
+    """Settings of the `data` stage when it is run on its own."""
+
+    data: DataSettings = DemoData()
+
+
+class TokenizerSettings(Settings):
+    kind: Literal["bpe", "word", "byte"] = "bpe"
+    vocab_size: Count = 8192
+    min_frequency: Count = 1
+    lowercase: bool = False
+    chat_template: str = "polm"
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+class ModelShape(Settings):
+    """Layout of a model that starts from random weights, in the architecture of a `transformers` model type."""
+
+    architecture: str = "qwen3"
+    hidden_size: Count = 128
+    num_layers: Count = 2
+    num_heads: Count = 4
+    num_key_value_heads: Count = 4
+    intermediate_size: Count = 384
+    max_positions: Count = 512
+    tie_embeddings: bool = True
+    rope_theta: Positive = 10_000.0
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelShape:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
+            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_key_value_heads")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """`muon` trains the matrices of the layers with Muon and everything else (embeddings, norms) with AdamW."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Positive = 3e-4
+    embedding_learning_rate: Positive | None = Field(
+        None, description="AdamW's rate beside Muon; default: a quarter of learning_rate"
+    )
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    epsilon: Positive = 1e-8
+    momentum: Share = 0.95
+    weight_decay: NotNegative = 0.0
+    clip_norm: NotNegative = Field(1.0, description="largest gradient norm; 0 = no clipping")
+
+
+class ScheduleSettings(Settings):
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup_updates: Number = 0
+    decay_share: Share = Field(0.2, description="wsd: the last part of the updates, over which the rate falls")
+    final_share: Share = Field(0.0, description="where the rate ends, as a share of its peak")
+
+
+class TrainSettings(Settings):
+    """What every training stage has. Exactly one of `updates` and `epochs` is given."""
+
+    seed: Number = 0
+    updates: Count | None = None
+    epochs: Positive | None = None
+    bin_tokens: Count = Field(1024, description="length of a packed bin")
+    bins_per_update: Count = 1
+    micro_bins: Number = Field(0, description="bins in one forward pass; 0 = all of the update's")
+    too_long: Literal["error", "truncate", "drop", "split"] = Field(
+        "error", description="an example longer than the context; split is for plain documents only"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    checkpoint_every: Number = Field(0, description="updates between checkpoints; 0 = off", json_schema_extra=NOT_SEMANTIC)
+    log_every: Count = Field(1, json_schema_extra=NOT_SEMANTIC)
+
+    @model_validator(mode="after")
+    def _check_length(self) -> TrainSettings:
+        if self.updates is not None and self.epochs is not None:
+            raise ValueError("give updates or epochs, not both")
+        return self
+
+
+class PretrainSettings(TrainSettings):
+    model: ModelShape = ModelShape()
+    too_long: Literal["error", "truncate", "drop", "split"] = "split"
+
+
+class MidtrainSettings(TrainSettings):
+    """Annealing; docs/flywheel.md explains each knob."""
+
+    too_long: Literal["error", "truncate", "drop", "split"] = "split"
+    weighting: Literal["ntp", "remit", "rho1", "distill", "shuffled"] = "ntp"
+    eps: Share = Field(0.2, description="remit, shuffled: weights are clipped to [1 - eps, 1 + eps]")
+    temperature: Positive = Field(1.0, description="remit, shuffled: divides the centred difference")
+    centring: Literal["sequence", "batch", "none"] = "sequence"
+    base: Literal["live", "frozen"] = Field("live", description="remit, shuffled, rho1: whose log-probabilities to compare")
+    denominator: Literal["tokens", "weights"] = Field("tokens", description="remit, shuffled")
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.6, description="rho1: share of the tokens kept")
+    scope: Literal["batch", "sequence"] = Field("batch", description="rho1: where tokens are ranked")
+    alpha: Share = Field(0.5, description="distill: share of the divergence in the loss")
+    top_k: Count = Field(16, description="distill: tokens of the reference's distribution that are kept")
+
+
+class SFTSettings(TrainSettings):
+    train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last")
+
+
+class DPOSettings(TrainSettings):
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+
+
+class GRPOSettings(TrainSettings):
+    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+
+    prompts_per_rollout: Count = 32
+    samples: Annotated[int, Field(ge=2)] = 8
+    updates_per_rollout: Count = 1
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Number = 0
+    max_new_tokens: Count = 64
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
+    kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    normalize: Literal["tokens", "sequences", "constant"] = "tokens"
+    advantage_scale: Literal["std", "none"] = "std"
+    time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")
+
+
+class PairsSettings(Settings):
+    """Preference pairs from a model's own samples: a right answer over a wrong one to the same prompt."""
+
+    seed: Number = 0
+    num_prompts: Count = 500
+    samples: Annotated[int, Field(ge=2)] = 4
+    pairs_per_prompt: Count = 1
+    temperature: Positive = 1.0
+    max_new_tokens: Count = 64
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Number = 1
+    time_limit: Positive = 3.0
+
+
+class AnnotateSettings(Settings):
+    """Log-probabilities of a frozen model over a data set, computed once."""
+
+    data: Literal["midtrain", "preferences", "sft"] = "midtrain"
+    top_k: Number = Field(0, description="also keep the k likeliest tokens at each place; 0 = none")
+    bin_tokens: Count = 4096
+    max_tokens: Number = Field(0, description="the longest document of the stage that will read this; 0 = its context")
+    too_long: Literal["error", "truncate", "drop", "split"] = "split"
+    train_on: Literal["all", "last"] = "all"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Number = 1
+
+
+class EvalSettings(Settings):
+    benchmarks: tuple[str, ...] = Field((), description="names; empty = all in the data set folder")
+    format: Literal["plain", "chat"] = "chat"
+    num_items: Number = Field(0, description="at most so many items a benchmark; 0 = all")
+    samples: Number = Field(4, description="sampled answers an item; 0 = greedy only")
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    pass_k: tuple[Count, ...] = (4,)
+    max_new_tokens: Count = 64
+    seed: Number = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Number = 1
+    time_limit: Positive = 3.0
+
+    @model_validator(mode="after")
+    def _check_k(self) -> EvalSettings:
+        if self.samples and any(k > self.samples for k in self.pass_k):
+            raise ValueError(f"pass_k {self.pass_k} needs at least as many samples, found {self.samples}")
+        return self
+
+
+# ---- the flywheel --------------------------------------------------------------------------------------------------
+
+
+class Arm(Settings):
+    """One way of mid-training, run through every cycle. `changes` go over the recipe's midtrain section."""
+
+    guide: Literal["grpo", "dpo", "sft"] = Field("grpo", description="which model of the cycle before is the reference")
+    changes: dict[str, Any] = Field(default_factory=dict)
+
+
+class Recipe(Settings):
+    """A whole flywheel: what `polm run` takes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seeds: tuple[Number, ...] = (0,)
+    cycles: Count = Field(2, description="cycles after the first pass, which is plain NTP and gives the first RL model")
+    arms: dict[str, Arm] = Field(default_factory=lambda: {"remit": Arm(changes={"weighting": "remit"})})
+    base: str | None = Field(None, description="a checkpoint before annealing (path or hub id) in place of pretrain")
+    data: DataSettings = DemoData()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    midtrain: MidtrainSettings = MidtrainSettings()
+    sft: SFTSettings = SFTSettings()
+    pairs: PairsSettings | None = PairsSettings()
+    dpo: DPOSettings | None = DPOSettings()
+    grpo: GRPOSettings = GRPOSettings()
+    eval: EvalSettings = EvalSettings()
+    workers: Number = Field(0, description="stages run at once; 0 = one a core", json_schema_extra=NOT_SEMANTIC)
+
+    @model_validator(mode="after")
+    def _check_arms(self) -> Recipe:
+        for name, arm in self.arms.items():
+            if name == "ntp":
+                raise ValueError("the arm ntp is always there (it is the control); leave it out of arms")
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"arm name {name!r}: use letters, digits, - and _")
+            if "weighting" not in arm.changes:
+                raise ValueError(f"arms.{name}.changes names no weighting (remit, rho1, distill or shuffled)")
+            unknown = sorted(set(arm.changes) - set(MidtrainSettings.model_fields))
+            if unknown:
+                raise ValueError(f"arms.{name}.changes: unknown {unknown}; allowed are the fields of midtrain")
+        if (self.pairs is None) != (self.dpo is None):
+            raise ValueError("pairs and dpo go together: give both, or set both to null")
+        return self

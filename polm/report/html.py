@@ -1,0 +1,114 @@
+"""The report of a run as one self-contained HTML file.
+
+The page needs nothing but itself: style and script are inline and allowed by their hashes, and its content security
+policy forbids everything else, so that no text in it could reach the network even if it got past the escaping. Without
+a script only the theme switch and the filter of the samples are missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from polm import __version__
+from polm.errors import StoreError
+from polm.report.escape import esc
+from polm.report.load import Run, load_run
+from polm.report.sections_provenance import section_ledger, section_lineage, section_recipe, section_versions
+from polm.report.sections_results import section_benchmarks, section_graph, section_headline
+from polm.report.sections_training import section_samples, section_training
+
+# (anchor, heading, builder), in the order of the page.
+SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
+    ("headline", "Headline", section_headline),
+    ("graph", "Graph of stages", section_graph),
+    ("benchmarks", "Benchmarks", section_benchmarks),
+    ("training", "Training curves", section_training),
+    ("samples", "Samples", section_samples),
+    ("ledger", "Token ledger", section_ledger),
+    ("lineage", "Lineage", section_lineage),
+    ("recipe", "Recipe", section_recipe),
+    ("versions", "Versions", section_versions),
+)
+
+
+def _read_asset(name: str) -> str:
+    return resources.files("polm.report").joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def _compute_source(text: str) -> str:
+    """The source expression of a content security policy that allows exactly this inline text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def build_report(run: Run) -> str:
+    """The whole page as text. The same run folder gives the same bytes: nothing of the present time is written."""
+    style, script = _read_asset("report.css"), _read_asset("report.js")
+    policy = (
+        f"default-src 'none'; style-src {_compute_source(style)}; script-src {_compute_source(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    finished = max((node.manifest.finished for node in run.nodes if node.manifest), default="")
+    links = "".join(f'<li><a href="#{anchor}">{esc(heading)}</a></li>' for anchor, heading, _ in SECTIONS)
+    sections = "\n".join(
+        f'<section id="{anchor}"><h2>{esc(heading)}</h2>{build(run)}</section>' for anchor, heading, build in SECTIONS
+    )
+    when = f"last stage finished {finished}" if finished else "no stage finished yet"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="referrer" content="no-referrer">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{esc(run.name)} · polm report</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the report</a>
+<header class="top"><p class="eyebrow">polm report</p><h1>{esc(run.name)}</h1><p class="quiet">{esc(when)}</p></header>
+<nav aria-label="Sections"><ul>{links}</ul><button type="button" id="theme" hidden>light / dark</button></nav>
+<main id="main">
+{sections}
+</main>
+<footer class="quiet">Written by polm {esc(__version__)}. Model text on this page is shown as text only.</footer>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def write_report(run_dir: Path, out: Path) -> Path:
+    """Write the report of the run folder `run_dir` to the file `out` and return it.
+
+    The file appears whole or not at all. Raises StoreError if `run_dir` is no run folder, if a file in it is damaged,
+    or if `out` cannot be written.
+    """
+    page = build_report(load_run(run_dir)).encode("utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    except OSError as error:
+        raise StoreError(
+            f"{out}: cannot be written ({error.strerror}); name a file in a folder you may write to"
+        ) from error
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(page)
+            handle.flush()
+            os.fsync(handle.fileno())
+        # mkstemp makes the file private; a report is as readable as any other file of its owner.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(out)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise StoreError(f"{out}: cannot be written ({error.strerror}); name a file, not a folder") from error
+    return out

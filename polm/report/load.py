@@ -1,0 +1,268 @@
+"""Read a run folder into frozen records: what was planned, what is done, what it cost and what came out.
+
+A run that is still going is readable: a node without a manifest is "pending", and a half-written last line of its
+metrics is left out. A file that is damaged in any other way is a StoreError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from polm.errors import StoreError
+
+T = TypeVar("T")
+Metrics = Mapping[str, Any]
+
+# What json turns into half of a surrogate pair unless it comes in twos; such text cannot be written as UTF-8.
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage left behind: cost, inputs by key, its flat summary and its token ledger."""
+
+    key: str
+    stage: str
+    version: str | int = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    finished: str = ""
+    seconds: float | None = None
+    peak_rss_mb: float | None = None
+    threads: int | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """The scores of one benchmark as the evaluation wrote them; `nll` is in nats."""
+
+    num_items: int
+    greedy: float | None = None
+    pass_at_1: Annotated[float | None, Field(alias="pass@1")] = None
+    pass_at_k: Annotated[dict[int, float], Field(alias="pass@k")] = field(default_factory=dict)
+    nll: float | None = None
+    unparsed: float | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """results.json: `format` is "plain" for a base model and "chat" after SFT."""
+
+    format: str
+    benchmarks: dict[str, BenchmarkResult]
+    mean: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of items.jsonl: a question, what the model said to it, and the verdict."""
+
+    benchmark: str
+    id: str | int
+    prompt: str = ""
+    answer: str | float = ""
+    greedy_text: str = ""
+    greedy_status: str = ""
+    greedy_correct: float | None = None
+    samples_correct: list[float] = field(default_factory=list)
+    samples_text: list[str] = field(default_factory=list)
+    nll: float | None = None
+    nll_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluated model: the scores and the items behind them (none if items.jsonl is missing)."""
+
+    results: Results
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One node as run.json describes it; `artifact` is relative to the run folder."""
+
+    id: str
+    stage: str
+    key: str = ""
+    artifact: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    cycle: int | None = None
+    arm: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """run.json as it lies on the disk."""
+
+    name: str
+    nodes: list[NodeSpec]
+    recipe: Any = None
+    versions: dict[str, Any] = field(default_factory=dict)
+    headline: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A node with what is known of its artifact.
+
+    `status` is "done" with a manifest, "shared" if an earlier node has the same artifact (its cost counts once), and
+    "pending" without a manifest. `metrics` has one mapping for each logged update.
+    """
+
+    spec: NodeSpec
+    status: Literal["done", "shared", "pending"]
+    manifest: Manifest | None = None
+    metrics: tuple[Metrics, ...] = ()
+    evaluation: Evaluation | None = None
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the id: "midtrain", "eval_rl"."""
+        return self.spec.id.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A whole run; compared and hashed by identity, so that what is derived from it can be cached."""
+
+    directory: Path
+    name: str
+    nodes: tuple[Node, ...]
+    recipe_text: str
+    versions: Mapping[str, Any]
+    headline: Any
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the nodes, ascending."""
+        return tuple(sorted({node.spec.seed for node in self.nodes if node.spec.seed is not None}))
+
+
+def _replace_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_replace_surrogates(element) for element in value]
+    if isinstance(value, dict):
+        return {_replace_surrogates(key): _replace_surrogates(element) for key, element in value.items()}
+    return value
+
+
+def _parse(kind: TypeAdapter[T], text: str, where: str) -> T:
+    try:
+        value = json.loads(text)
+        if _SURROGATE_ESCAPE.search(text):
+            value = _replace_surrogates(value)
+        return kind.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the top level"
+        raise StoreError(
+            f"{where}: {first['msg'].lower()} at {place}. The file does not have the format of a run; "
+            "delete the artifact and run the recipe again, or use the version of polm that wrote it"
+        ) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StoreError(
+            f"{where}: expected JSON, found something else ({error}). "
+            "Delete the artifact and run the recipe again: what is missing is computed anew"
+        ) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); check that it is a file you may read") from error
+
+
+def _read_json(kind: TypeAdapter[T], path: Path) -> T:
+    return _parse(kind, _read_text(path), str(path))
+
+
+def _read_jsonl(kind: TypeAdapter[T], path: Path, *, finished: bool) -> tuple[T, ...]:
+    """All lines; the last one is left out if it is torn (no newline at its end) and the stage is still running."""
+    # Only \n separates lines: str.splitlines would also cut at characters that may stand inside a text.
+    lines = _read_text(path).split("\n")
+    if not finished:
+        lines = lines[:-1]
+    return tuple(_parse(kind, line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
+
+
+_RUN: TypeAdapter[RunSpec] = TypeAdapter(RunSpec)
+_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+_RESULTS: TypeAdapter[Results] = TypeAdapter(Results)
+_ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+_METRICS: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+
+
+def _build_artifact_path(run_dir: Path, spec: NodeSpec) -> Path | None:
+    """Where the artifact lies; a path that leads out of the run folder is refused, whoever wrote it."""
+    if not spec.artifact:
+        return None
+    relative = PurePosixPath(spec.artifact)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise StoreError(
+            f"{run_dir / 'run.json'}: node {spec.id!r} has the artifact {spec.artifact!r}; expected a path inside the "
+            "run folder, such as store/sft-3fa9c2d41b07"
+        )
+    return run_dir / relative
+
+
+def _load_node(run_dir: Path, spec: NodeSpec, loaded: dict[Path, Node]) -> Node:
+    folder = _build_artifact_path(run_dir, spec)
+    if folder is None:
+        return Node(spec, "pending")
+    if folder in loaded:
+        first = loaded[folder]
+        return Node(spec, "shared", first.manifest, first.metrics, first.evaluation)
+    manifest_file, metrics_file = folder / "manifest.json", folder / "metrics.jsonl"
+    finished = manifest_file.is_file()
+    metrics = _read_jsonl(_METRICS, metrics_file, finished=finished) if metrics_file.is_file() else ()
+    if not finished:
+        return Node(spec, "pending", metrics=metrics)
+    evaluation = None
+    if (folder / "results.json").is_file():
+        items_file = folder / "items.jsonl"
+        items = _read_jsonl(_ITEM, items_file, finished=True) if items_file.is_file() else ()
+        evaluation = Evaluation(_read_json(_RESULTS, folder / "results.json"), items)
+    node = Node(spec, "done", _read_json(_MANIFEST, manifest_file), metrics, evaluation)
+    loaded[folder] = node
+    return node
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read the run folder `run_dir`. Raises StoreError if it is not one, or if a file in it is damaged."""
+    run_file = run_dir / "run.json"
+    if not run_file.is_file():
+        found = "a folder without run.json" if run_dir.is_dir() else "no folder"
+        raise StoreError(
+            f"{run_dir}: found {found}, expected the folder of a run (with run.json and store/); "
+            "name the folder under runs/ that the flywheel wrote"
+        )
+    spec = _read_json(_RUN, run_file)
+    loaded: dict[Path, Node] = {}
+    nodes = tuple(_load_node(run_dir, node, loaded) for node in spec.nodes)
+    recipe_file = run_dir / "recipe.yaml"
+    if recipe_file.is_file():
+        recipe_text = _read_text(recipe_file)
+    else:
+        recipe_text = json.dumps(spec.recipe, indent=2, ensure_ascii=False) if spec.recipe else ""
+    return Run(run_dir, spec.name, nodes, recipe_text, spec.versions, spec.headline)

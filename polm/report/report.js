@@ -1,0 +1,38 @@
+"use strict";
+// The page is complete without this script. It adds the theme switch, the filter of the samples, and unfolding for print.
+const theme = document.getElementById("theme");
+theme.hidden = false;
+theme.addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+});
+
+for (const bar of document.querySelectorAll(".filters")) {
+  bar.hidden = false;
+  const buttons = [...bar.querySelectorAll("button")];
+  const choose = (chosen) => {
+    for (const button of buttons) button.setAttribute("aria-pressed", String(button === chosen));
+    for (const item of bar.parentElement.querySelectorAll(".item")) {
+      item.hidden = chosen.dataset.filter !== "all" && item.dataset.outcome !== chosen.dataset.filter;
+    }
+  };
+  for (const button of buttons) button.addEventListener("click", () => choose(button));
+  choose(buttons[0]);
+}
+
+// A link into a folded part opens it.
+const reveal = () => {
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
+  if (target) target.scrollIntoView();
+};
+addEventListener("hashchange", reveal);
+reveal();
+
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const part of folded) part.open = true;
+});
+addEventListener("afterprint", () => { for (const part of folded) part.open = false; });

@@ -1,0 +1,106 @@
+"""Sections about where it came from: the token ledger, the lineage of artifacts, the recipe and the versions."""
+
+from __future__ import annotations
+
+from polm.report.escape import esc
+from polm.report.load import Node, Run
+from polm.report.markup import (
+    Cell,
+    build_details,
+    build_paragraph,
+    build_table,
+    code_cell,
+    number_cell,
+    text_cell,
+)
+from polm.report.tables import format_seconds
+
+# What a ledger counts, in the order in which a token meets it; names of other ledgers follow as they come.
+LEDGER_ORDER = ("read", "packed", "truncated", "dropped", "masked", "down_weighted")
+KEY_LENGTH = 12
+
+
+def _order_entries(nodes: list[Node]) -> list[str]:
+    names = list(dict.fromkeys(name for node in nodes if node.manifest for name in node.manifest.ledger))
+
+    def rank(name: str) -> tuple[int, int]:
+        plain = name.replace("-", "_")
+        known = [index for index, word in enumerate(LEDGER_ORDER) if word in plain]
+        return (known[0] if known else len(LEDGER_ORDER), names.index(name))
+
+    return sorted(names, key=rank)
+
+
+def section_ledger(run: Run) -> str:
+    """What became of every token: read, packed, truncated, dropped, masked, down-weighted, by stage."""
+    by_leaf: dict[str, list[Node]] = {}
+    for node in run.nodes:
+        if node.manifest is not None and node.manifest.ledger and node.status == "done":
+            by_leaf.setdefault(node.leaf, []).append(node)
+    if not by_leaf:
+        return build_paragraph("No finished stage has written a ledger yet.", "callout")
+    parts = [
+        build_paragraph(
+            "How to read: a row is one stage, a column is one count of its ledger. Nothing is lost in silence: what "
+            "was read and not trained on at full weight stands in one of the other columns.",
+            "quiet",
+        )
+    ]
+    for index, (leaf, nodes) in enumerate(by_leaf.items()):
+        entries = _order_entries(nodes)
+        body = [
+            [code_cell(node.id)]
+            + [number_cell(node.manifest.ledger.get(name) if node.manifest else None) for name in entries]
+            for node in nodes
+        ]
+        headings = ["node", *(f">{name.replace('_', ' ')}" for name in entries)]
+        parts.append(build_details(f"{leaf} ({len(nodes)})", build_table(headings, body), is_open=index < 3))
+    return "".join(parts)
+
+
+def section_lineage(run: Run) -> str:
+    """Every node with its key and its inputs; the keys are hashes of config, inputs and version."""
+    anchors = {node.id: f"node-{index}" for index, node in enumerate(run.nodes)}
+    body = []
+    for node in run.nodes:
+        links = []
+        for name, source in node.spec.inputs.items():
+            target = anchors.get(str(source))
+            shown = f"<code>{esc(source)}</code>"
+            links.append(f"{esc(name)}: " + (f'<a href="#{target}">{shown}</a>' if target else shown))
+        key = node.manifest.key if node.manifest is not None else node.spec.key
+        body.append(
+            [
+                Cell(f'<span id="{anchors[node.id]}"><code>{esc(node.id)}</code></span>'),
+                text_cell(node.spec.stage),
+                Cell(f'<code title="{esc(key)}">{esc(key[:KEY_LENGTH])}</code>'),
+                Cell("<br>".join(links) or "–"),
+                text_cell(node.manifest.finished if node.manifest else node.status),
+                Cell(esc(format_seconds(node.manifest.seconds if node.manifest else None)), "num"),
+            ]
+        )
+    table = build_table(["node", "stage", "key", "inputs", "finished", ">time"], body, classes="lineage")
+    note = build_paragraph(
+        "An artifact's key is the hash of its settings, the keys of its inputs and the version of its stage. Two nodes "
+        "with one key are one artifact.",
+        "quiet",
+    )
+    return note + build_details(f"{len(run.nodes)} nodes", table, is_open=len(run.nodes) <= 40)
+
+
+def section_recipe(run: Run) -> str:
+    """The resolved recipe, every default written out."""
+    if not run.recipe_text.strip():
+        return build_paragraph("The run folder holds no recipe.", "callout")
+    num_lines = run.recipe_text.count("\n") + 1
+    block = f'<pre class="recipe">{esc(run.recipe_text)}</pre>'
+    return build_details(f"recipe.yaml, {num_lines} lines", block, is_open=num_lines <= 60)
+
+
+def section_versions(run: Run) -> str:
+    """Versions of the program and of what it stands on."""
+    if not run.versions:
+        return build_paragraph("The run recorded no versions.", "callout")
+    return build_table(
+        ["part", "version"], [[text_cell(name), code_cell(value)] for name, value in run.versions.items()]
+    )

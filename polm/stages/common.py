@@ -1,0 +1,303 @@
+"""What every stage shares: its contract, the models and files it is given, and one way to train.
+
+A stage has one signature: `run(settings, context) -> StageResult`. It writes into `context.workdir` only, and it may
+find there what a killed run left; the store writes the manifest afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from polm.config import Settings
+from polm.data.examples import Ledger, attach_streams
+from polm.data.fingerprint import fingerprint_path, fingerprint_trees
+from polm.data.packing import PackedTrees, pack_trees
+from polm.engine.annotate import Annotation, annotate_trees
+from polm.engine.checkpoint import remove_checkpoints
+from polm.engine.device import pick_device, set_threads, use_bf16
+from polm.engine.fit import BatchSource, fit
+from polm.errors import DataError, ModelError, UserError
+from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
+from polm.recipe import TrainSettings
+from polm.text.chat import show_supervision
+from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
+from polm.tokens import Array, Objective, Tree
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def _silent(line: Mapping[str, Any]) -> None:
+    del line
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is given. `inputs` maps roles to folders (or hub ids); `report` takes progress lines."""
+
+    workdir: Path
+    inputs: Mapping[str, str]
+    report: Report = _silent
+    say: Callable[[str], None] = print
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage hands to its manifest: flat numbers, and the token ledger."""
+
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    ledger: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `name` is its command, file and artifact folder. Raise `version` when its results change."""
+
+    name: str
+    kind: Literal["train", "transform", "produce"]
+    settings: type[Settings]
+    run: Callable[[Any, Context], StageResult]
+    inputs: tuple[str, ...]
+    optional_inputs: tuple[str, ...] = ()
+    version: int = 1
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded model with its tokenizer, on its device."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+
+    @property
+    def max_positions(self) -> int:
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def model_folder(source: str) -> str:
+    """A stage's artifact holds its model in `model/`; anything else is taken as it is."""
+    inner = Path(source) / "model"
+    return str(inner) if (inner / "config.json").is_file() else source
+
+
+def load_base(source: str) -> Base:
+    """Model and tokenizer from an artifact, a folder or a hub id."""
+    name = model_folder(source)
+    base = Base(load_model(name, device=pick_device()), load_tokenizer(name), name)
+    rows = int(base.model.get_input_embeddings().weight.shape[0])
+    if len(base.tokenizer) > rows:
+        raise ModelError(
+            f"{name}: the tokenizer has {len(base.tokenizer)} tokens and the model only {rows} embeddings; "
+            "they do not belong together"
+        )
+    return base
+
+
+def input_file(context: Context, role: str, name: str) -> Path:
+    """A file of an input folder; the input may also be that file itself."""
+    given = Path(context.inputs[role])
+    path = given if given.is_file() else given / name
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in given.iterdir())[:10]) if given.is_dir() else "no such folder"
+        raise DataError(f"{role}: expected the file {name} in {given}, or a path to such a file (found: {found})")
+    return path
+
+
+def train(
+    context: Context,
+    base: Base,
+    source: BatchSource,
+    objective: Objective,
+    settings: TrainSettings,
+    ledger: Ledger,
+    *,
+    temperature: float = 1.0,
+    more: Mapping[str, Any] | None = None,
+) -> StageResult:
+    """Fit, save an ordinary checkpoint to `model/`, and sum up."""
+    result = fit(
+        base.model, source, objective, settings, context.workdir, temperature=temperature, report=context.report
+    )
+    save_model(base.model, base.tokenizer, context.workdir / "model")
+    remove_checkpoints(context.workdir)
+    numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}
+    summary = {
+        "updates": result.num_updates,
+        "tokens": result.tokens,
+        "targets": result.targets,
+        "parameters": count_parameters(base.model),
+        "precision": "bf16" if use_bf16(settings.precision, base.model.device.type) else "fp32",
+        **{f"last/{name}": value for name, value in numbers.items()},
+        **(more or {}),
+    }
+    return StageResult(summary, dict(ledger))
+
+
+def train_on_trees(
+    context: Context,
+    base: Base,
+    trees: Sequence[Tree],
+    objective: Objective,
+    settings: TrainSettings,
+    ledger: Ledger,
+    more: Mapping[str, Any] | None = None,
+) -> StageResult:
+    """The usual supervised stage: show an example, pack, train."""
+    show_example(context, base.tokenizer, trees[0])
+    packed = build_source(trees, settings, ledger)
+    return train(context, base, packed, objective, settings, ledger, more=more)
+
+
+def build_source(trees: Sequence[Tree], settings: TrainSettings, ledger: Ledger) -> PackedTrees:
+    """Pack trees as the settings say, and count what packing did."""
+    packed = pack_trees(
+        trees,
+        bin_tokens=settings.bin_tokens,
+        bins_per_update=settings.bins_per_update,
+        micro_bins=settings.micro_bins,
+        updates=settings.updates,
+        epochs=settings.epochs,
+        seed=settings.seed,
+    )
+    ledger["bins"] += len(packed.bins)
+    ledger["tokens_of_room_unused"] += len(packed.bins) * settings.bin_tokens - ledger["tokens_kept"]
+    return packed
+
+
+def show_example(context: Context, tokenizer: PreTrainedTokenizerFast, tree: Tree) -> None:
+    """Decode one example with its supervised tokens marked, before any training, to the screen and to a file."""
+    parts = []
+    for segment in tree:
+        weights = segment.streams.get("weights", np.zeros(len(segment), dtype=np.float32))
+        parts.append(show_supervision(tokenizer, segment.tokens, weights != 0))
+    text = "\n".join(parts)
+    (context.workdir / "example.txt").write_text(text + "\n", encoding="utf-8")
+    context.say(f"one example, supervised tokens in ⟦ ⟧:\n{text}")
+
+
+def start_stage(settings: Any, context: Context) -> None:
+    """Fix what a stage's bits depend on: the number of threads."""
+    set_threads(settings.threads)
+    context.workdir.mkdir(parents=True, exist_ok=True)
+
+
+def reference_scores(
+    context: Context,
+    role: str,
+    base: Base,
+    trees: Sequence[Tree],
+    *,
+    top_k: int,
+    bin_tokens: int,
+    precision: str,
+) -> Annotation:
+    """Scores of the reference given as `role`: an `annotate` artifact, or a model that is annotated here, once."""
+    source = context.inputs[role]
+    if (Path(source) / "scores.safetensors").is_file():
+        return load_annotation(Path(source), base.tokenizer, trees, top_k)
+    reference = load_base(source)
+    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
+    return cached_annotation(context.workdir / f"scores-{role}", reference, trees, context, top_k, bin_tokens, precision)
+
+
+def cached_annotation(
+    folder: Path,
+    reference: Base,
+    trees: Sequence[Tree],
+    context: Context,
+    top_k: int,
+    bin_tokens: int,
+    precision: str,
+) -> Annotation:
+    """Annotate into `folder`, or read what a killed run left there if it was made from the very same things."""
+    wanted = annotation_fingerprint(reference.tokenizer, trees, reference.name, top_k)
+    written = folder / "fingerprint.json"
+    if written.is_file() and json.loads(written.read_text()) == wanted:
+        return load_annotation(folder, reference.tokenizer, trees, top_k)
+    annotation = annotate_trees(
+        reference.model,
+        trees,
+        bin_tokens=bin_tokens,
+        top_k=top_k,
+        bf16=use_bf16(precision, reference.model.device.type),
+        report=lambda done, total: context.report({"update": done, "num_updates": total, "what": "annotate"}),
+    )
+    save_annotation(folder, annotation, wanted)
+    return annotation
+
+
+def annotation_fingerprint(
+    tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], model: str, top_k: int
+) -> dict[str, Any]:
+    """What scores belong to: the model's weights, the tokenizer, the data as token ids."""
+    path = Path(model)
+    return {
+        "model": fingerprint_path(path) if path.exists() else model,
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "data": fingerprint_trees(trees),
+        "top_k": top_k,
+    }
+
+
+def save_annotation(folder: Path, annotation: Annotation, fingerprint: Mapping[str, Any]) -> None:
+    """Scores first, fingerprint last: a folder without a fingerprint is unfinished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Array] = {"logprobs": annotation.logprobs}
+    if annotation.top_ids is not None and annotation.top_logprobs is not None:
+        arrays |= {"top_ids": annotation.top_ids.astype(np.int32), "top_logprobs": annotation.top_logprobs}
+    save_file(arrays, folder / "scores.safetensors")
+    temporary = folder / ".fingerprint.json.tmp"
+    temporary.write_text(json.dumps(fingerprint, indent=2) + "\n")
+    temporary.replace(folder / "fingerprint.json")
+
+
+def load_annotation(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], top_k: int
+) -> Annotation:
+    """Read scores; UserError where they belong to another tokenizer or other data, or lack the top-k."""
+    found = json.loads((folder / "fingerprint.json").read_text())
+    checks = {"tokenizer": fingerprint_tokenizer(tokenizer), "data": fingerprint_trees(trees)}
+    for what, expected in checks.items():
+        if found[what] != expected:
+            raise UserError(
+                f"the scores in {folder} were made with another {what} (fingerprint {found[what][:12]}, expected "
+                f"{expected[:12]}); run `polm annotate` with this {what} and the same bin_tokens"
+            )
+    if top_k and found["top_k"] < top_k:
+        raise UserError(
+            f"the scores in {folder} keep the top {found['top_k']} tokens, {top_k} are needed; annotate with top_k={top_k}"
+        )
+    arrays = load_file(folder / "scores.safetensors")
+    ids, values = arrays.get("top_ids"), arrays.get("top_logprobs")
+    if not top_k or ids is None or values is None:
+        return Annotation(arrays["logprobs"])
+    return Annotation(arrays["logprobs"], ids[:, :top_k].astype(np.int64), values[:, :top_k])
+
+
+def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation) -> list[Tree]:
+    """Put scores beside the tokens, as the streams `<prefix>_logprobs` and, with top-k, `<prefix>_ids`, `_topk`."""
+    streams = {f"{prefix}_logprobs": annotation.logprobs}
+    if annotation.top_ids is not None and annotation.top_logprobs is not None:
+        streams |= {f"{prefix}_ids": annotation.top_ids, f"{prefix}_topk": annotation.top_logprobs}
+    return attach_streams(trees, streams)
+
+
+def new_ledger() -> Ledger:
+    return Counter()
+
+
+def free_memory() -> None:
+    """Hand a dropped reference model's memory back before training starts."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

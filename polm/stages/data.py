@@ -1,0 +1,64 @@
+"""`polm data`: write a data set folder (embedded tasks, word problems from published files, or a check of yours)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from polm.data.benchmarks import read_benchmark_folder
+from polm.data.readers import read_conversations, read_documents, read_prompts
+from polm.data.word_problems import build_word_problems_dataset
+from polm.demo.corpus import build_demo_dataset
+from polm.errors import DataError
+from polm.recipe import DataStage, DemoData, FolderData, WordProblemsData
+from polm.stages.common import Context, Stage, StageResult
+
+READERS = {
+    "pretrain.jsonl": read_documents,
+    "midtrain.jsonl": read_documents,
+    "sft.jsonl": read_conversations,
+    "prompts.jsonl": read_prompts,
+}
+
+
+def run(settings: DataStage, context: Context) -> StageResult:
+    """Build the folder; its `summary.json` says what is in it and what was left out."""
+    match settings.data:
+        case DemoData() as demo:
+            summary = build_demo_dataset(context.workdir, **demo.model_dump(exclude={"source"}))
+        case WordProblemsData() as real:
+            summary = build_word_problems_dataset(
+                real.path, context.workdir, seed=real.seed, holdout_share=real.holdout_share
+            )
+        case FolderData() as folder:
+            summary = copy_folder(folder.path, context.workdir)
+    ledger = {k: v for k, v in summary.get("ledger", {}).items() if isinstance(v, int)}
+    files = summary.get("files", {})
+    rows = {f"rows/{name}": info["rows"] for name, info in files.items() if isinstance(info, dict) and "rows" in info}
+    return StageResult(rows, ledger)
+
+
+def copy_folder(source: Path, out: Path) -> dict[str, Any]:
+    """Check a data set folder of the user's line by line, and copy it into the store."""
+    if not source.is_dir():
+        raise DataError(f"no data set folder at {source}; it should hold {', '.join(READERS)} and benchmarks/*.jsonl")
+    files: dict[str, Any] = {}
+    for name, read in READERS.items():
+        if (source / name).is_file():
+            files[name] = {"rows": len(read(source / name))}
+            shutil.copyfile(source / name, out / name)
+    if not files:
+        found = ", ".join(sorted(p.name for p in source.iterdir())[:10]) or "nothing"
+        raise DataError(f"{source} holds none of {', '.join(READERS)} (found: {found})")
+    if (source / "benchmarks").is_dir():
+        for name, items in read_benchmark_folder(source / "benchmarks").items():
+            files[f"benchmarks/{name}.jsonl"] = {"rows": len(items)}
+        shutil.copytree(source / "benchmarks", out / "benchmarks", dirs_exist_ok=True)
+    summary = {"files": files, "ledger": {"rows": sum(info["rows"] for info in files.values())}}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+STAGE = Stage("data", "produce", DataStage, run, inputs=(), summary="write a data set folder")

@@ -1,0 +1,60 @@
+"""`polm eval`: greedy and sampled answers on benchmarks, and the held-out likelihood of their solutions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from polm.data.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark, read_benchmark_folder
+from polm.errors import DataError
+from polm.evals.run import evaluate, summarise
+from polm.data.readers import write_jsonl
+from polm.engine.device import use_bf16
+from polm.recipe import EvalSettings
+from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
+
+
+def run(settings: EvalSettings, context: Context) -> StageResult:
+    """Evaluate `model` on the benchmarks of `data` into results.json and items.jsonl."""
+    start_stage(settings, context)
+    base = load_base(context.inputs["model"])
+    benchmarks = choose_benchmarks(Path(context.inputs["data"]), settings)
+    rows = evaluate(
+        base.model,
+        base.tokenizer,
+        benchmarks,
+        settings,
+        bf16=use_bf16(settings.precision, base.model.device.type),
+        report=lambda done, total: context.report({"update": done, "num_updates": total}),
+    )
+    write_jsonl(context.workdir / "items.jsonl", rows)
+    results = summarise(rows, settings)
+    temporary = context.workdir / ".results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.replace(context.workdir / "results.json")
+    mean = {f"mean/{name}": value for name, value in results["mean"].items()}
+    statuses = {f"greedy_{status}": sum(r["greedy_status"] == status for r in rows) for status in
+                ("right", "wrong", "unparsed", "timeout", "error")}
+    return StageResult(mean, {"items": len(rows), **statuses})
+
+
+def choose_benchmarks(data: Path, settings: EvalSettings) -> dict[str, list[BenchmarkItem]]:
+    """The benchmarks of a data set folder, or published ones (gsm8k, math, svamp, asdiv, mawps) from their files."""
+    embedded = read_benchmark_folder(data / "benchmarks") if (data / "benchmarks").is_dir() else {}
+    names = settings.benchmarks or tuple(sorted(embedded))
+    chosen: dict[str, list[BenchmarkItem]] = {}
+    for name in names:
+        if name in embedded:
+            chosen[name] = embedded[name]
+        elif name in BENCHMARKS:
+            chosen[name] = read_benchmark(name, data)
+        else:
+            known = ", ".join([*sorted(embedded), *sorted(BENCHMARKS)])
+            raise DataError(f"no benchmark {name!r} in {data}; there are: {known}")
+    if not chosen:
+        raise DataError(f"{data} has no benchmarks/ folder; name published ones, for example benchmarks=[gsm8k]")
+    limit = settings.num_items
+    return {name: items[:limit] if limit else items for name, items in chosen.items()}
+
+
+STAGE = Stage("eval", "produce", EvalSettings, run, inputs=("model", "data"), summary="benchmarks and likelihood")

@@ -1,0 +1,253 @@
+"""`polm grpo`: reinforcement learning with verifiable rewards and group-relative advantages.
+
+The rollouts, verdicts and advantages live in the batch source; the loop and the objective see streams only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from polm.data.packing import epoch_order, pack_best_fit
+from polm.data.readers import Prompt, read_prompts
+from polm.engine.device import use_bf16
+from polm.engine.fit import MetricsLog
+from polm.engine.score import score
+from polm.errors import DataError
+from polm.objectives.policy_gradient import build_policy_gradient
+from polm.recipe import GRPOSettings
+from polm.rewards.verify import Verdict, VerifyItem, verify_many
+from polm.rollout.generate import Completion, SamplingParams, generate
+from polm.signals.advantages import compute_group_advantages
+from polm.stages.common import (
+    Base,
+    Context,
+    Stage,
+    StageResult,
+    input_file,
+    load_base,
+    new_ledger,
+    start_stage,
+    train,
+)
+from polm.text.chat import render_prompt
+from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
+
+
+@dataclass
+class RolloutSource:
+    """Batches made by sampling from the model as it stands. Update u is a pure function of (seed, u, weights),
+    given that a run only restarts at the first update of a rollout."""
+
+    base: Base
+    reference: PreTrainedModel | None
+    prompts: Sequence[Prompt]
+    encoded: Sequence[Array]
+    settings: GRPOSettings
+    num_updates: int
+    samples_log: MetricsLog
+    ledger: Counter[str]
+    _minibatches: list[list[TokenBatch]] = field(default_factory=list)
+    _metrics: dict[str, float] = field(default_factory=dict)
+
+    def resumable(self, update: int) -> bool:
+        return update % self.settings.updates_per_rollout == 0
+
+    def step(self, update: int, model: PreTrainedModel) -> Step:
+        rollout, minibatch = divmod(update, self.settings.updates_per_rollout)
+        if minibatch == 0:
+            self._roll(rollout, update, model)
+        return Step(self._minibatches[minibatch], self._metrics if minibatch == 0 else {})
+
+    def _roll(self, rollout: int, update: int, model: PreTrainedModel) -> None:
+        chosen = self._choose(rollout)
+        completions = self._sample(chosen, rollout, model)
+        items = [
+            VerifyItem(p.verifier, c.text, p.answer, p.numbers)
+            for c in completions
+            for p in [self.prompts[chosen[c.prompt_index]]]
+        ]
+        verdicts = verify_many(items, seconds=self.settings.time_limit)
+        advantages = compute_advantages(completions, verdicts, len(chosen), self.settings.advantage_scale)
+        self._metrics = summarise(completions, verdicts, advantages)
+        self.ledger.update(v.status for v in verdicts)
+        self._log_samples(update, chosen, completions, verdicts, advantages)
+        trees = build_rollout_trees([self.encoded[i] for i in chosen], completions, verdicts, advantages)
+        parts = np.array_split(np.arange(len(trees)), self.settings.updates_per_rollout)
+        self._minibatches = [self._pack([trees[i] for i in part], model) for part in parts]
+
+    def _choose(self, rollout: int) -> list[int]:
+        """Indices of the rollout's prompts: a fresh order each time through them all."""
+        num = self.settings.prompts_per_rollout
+        places = range(rollout * num, (rollout + 1) * num)
+        total = len(self.prompts)
+        return [int(epoch_order(total, self.settings.seed, p // total)[p % total]) for p in places]
+
+    def _sample(self, chosen: Sequence[int], rollout: int, model: PreTrainedModel) -> list[Completion]:
+        s = self.settings
+        params = SamplingParams(
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            num_samples=s.samples,
+            seed=(s.seed << 24) + rollout,
+            stop_token_ids=(int(self.base.tokenizer.eos_token_id),),
+        )
+        bf16 = use_bf16(s.precision, model.device.type)
+        return generate(model, self.base.tokenizer, [self.encoded[i] for i in chosen], params, bf16=bf16)
+
+    def _pack(self, trees: Sequence[Tree], model: PreTrainedModel) -> list[TokenBatch]:
+        """Micro-batches of at most `bin_tokens`, with the scores that the objective will compare against."""
+        lengths = [tree_length(tree) for tree in trees]
+        capacity = max(self.settings.bin_tokens, max(lengths))
+        batches = [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
+        if self.settings.updates_per_rollout > 1:
+            batches = [self._with_scores(batch, model, "old_logprobs") for batch in batches]
+        if self.reference is not None:
+            batches = [self._with_scores(batch, self.reference, "ref_logprobs") for batch in batches]
+        return batches
+
+    @torch.no_grad()
+    def _with_scores(self, batch: TokenBatch, model: PreTrainedModel, name: str) -> TokenBatch:
+        bf16 = use_bf16(self.settings.precision, model.device.type)
+        scores = score(model, batch.to(model.device), temperature=self.settings.temperature, bf16=bf16)
+        stream = torch.zeros(batch.num_tokens)
+        stream[batch.targets_N] = scores.logprobs_N.cpu()
+        return batch.with_streams(**{name: stream})
+
+    def _log_samples(
+        self,
+        update: int,
+        chosen: Sequence[int],
+        completions: Sequence[Completion],
+        verdicts: Sequence[Verdict],
+        advantages: Array,
+    ) -> None:
+        """One whole group a rollout, for people to read."""
+        group = [i for i, c in enumerate(completions) if c.prompt_index == 0]
+        prompt = self.prompts[chosen[0]]
+        answers = [
+            {"text": completions[i].text, "status": verdicts[i].status, "advantage": round(float(advantages[i]), 4)}
+            for i in group
+        ]
+        row = {"update": update + 1, "prompt": prompt.prompt, "answer": prompt.answer, "samples": answers}
+        self.samples_log.write(row)
+
+
+def compute_advantages(
+    completions: Sequence[Completion], verdicts: Sequence[Verdict], num_groups: int, scale: str
+) -> Array:
+    """Group-relative advantages [R]. A time-out or an error is no evidence: it is left out of its group's mean and
+    gets advantage 0; an answer that cannot be parsed earns no reward, as a wrong one."""
+    judged = np.array([v.status in ("right", "wrong", "unparsed") for v in verdicts])
+    rewards = np.array([float(v.status == "right") for v in verdicts], dtype=np.float32)
+    groups = np.array([c.prompt_index for c in completions])
+    advantages = np.zeros(len(completions), dtype=np.float32)
+    if judged.any():
+        values = compute_group_advantages(
+            torch.from_numpy(rewards[judged]), torch.from_numpy(groups[judged]), scale=scale  # type: ignore[arg-type]
+        )
+        advantages[judged] = values.numpy()
+    assert groups.max() < num_groups
+    return advantages
+
+
+def build_rollout_trees(
+    prompts: Sequence[Array], completions: Sequence[Completion], verdicts: Sequence[Verdict], advantages: Array
+) -> list[Tree]:
+    """A prompt with its samples as children; unjudged samples are left out."""
+    trees = []
+    for index, prompt in enumerate(prompts):
+        mine = [
+            i
+            for i, c in enumerate(completions)
+            if c.prompt_index == index and verdicts[i].status not in ("timeout", "error") and len(c.tokens)
+        ]
+        if not mine:
+            continue
+        streams = [
+            {
+                "advantages": np.full(len(completions[i].tokens), advantages[i], dtype=np.float32),
+                "sampler_logprobs": completions[i].logprobs.astype(np.float32),
+            }
+            for i in mine
+        ]
+        trees.append(build_completions(prompt, [completions[i].tokens for i in mine], streams))
+    if not trees:
+        raise DataError("every sample of a rollout timed out or failed in its verifier; raise time_limit")
+    return trees
+
+
+def summarise(
+    completions: Sequence[Completion], verdicts: Sequence[Verdict], advantages: Array
+) -> dict[str, float]:
+    """What a rollout looked like."""
+    num = len(completions)
+    statuses = Counter(v.status for v in verdicts)
+    lengths = [len(c.tokens) for c in completions]
+    groups: dict[int, bool] = {}
+    for completion, advantage in zip(completions, advantages, strict=True):
+        groups[completion.prompt_index] = groups.get(completion.prompt_index, False) or bool(advantage != 0)
+    return {
+        "rl/reward": statuses["right"] / num,
+        "rl/unparsed": statuses["unparsed"] / num,
+        "rl/unjudged": (statuses["timeout"] + statuses["error"]) / num,
+        "rl/length": float(np.mean(lengths)),
+        "rl/cut_off": sum(c.finish == "length" for c in completions) / num,
+        "rl/equal_groups": 1.0 - sum(groups.values()) / len(groups),
+    }
+
+
+def run(settings: GRPOSettings, context: Context) -> StageResult:
+    """Train `base` on prompts.jsonl."""
+    start_stage(settings, context)
+    base = load_base(context.inputs["base"])
+    prompts = read_prompts(input_file(context, "data", "prompts.jsonl"))
+    encoded = [render_prompt(base.tokenizer, [{"role": "user", "content": p.prompt}]) for p in prompts]
+    ledger = new_ledger()
+    ledger["prompts"] = len(prompts)
+    per_epoch = max(1, len(prompts) // settings.prompts_per_rollout) * settings.updates_per_rollout
+    num_updates = settings.updates or max(1, round((settings.epochs or 1.0) * per_epoch))
+    reference: Any = None
+    if settings.kl_beta > 0:
+        reference = load_base(context.inputs.get("reference", context.inputs["base"])).model.eval()
+    source = RolloutSource(
+        base=base,
+        reference=reference,
+        prompts=prompts,
+        encoded=encoded,
+        settings=settings,
+        num_updates=num_updates,
+        samples_log=MetricsLog(context.workdir / "samples.jsonl", resume_point(context)),
+        ledger=ledger,
+    )
+    objective = build_policy_gradient(
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        kl_beta=settings.kl_beta,
+        normalize=settings.normalize,
+        max_completion_tokens=settings.max_new_tokens,
+        log_entropy=True,
+    )
+    return train(context, base, source, objective, settings, ledger, temperature=settings.temperature)
+
+
+def resume_point(context: Context) -> int:
+    """The update from which a killed run goes on (0 for a fresh one)."""
+    from polm.engine.checkpoint import list_checkpoints
+
+    found = list_checkpoints(context.workdir)
+    return int(found[-1].name.rpartition("-")[2]) if found else 0
+
+
+STAGE = Stage(
+    "grpo", "train", GRPOSettings, run, inputs=("base", "data"), optional_inputs=("reference",),
+    summary="reinforcement learning with verifiable rewards",
+)

@@ -1,0 +1,93 @@
+"""`polm midtrain`: annealing, with the tokens weighted evenly (ntp) or by a reference model (remit and its rivals)."""
+
+from __future__ import annotations
+
+from polm.data.examples import build_document_trees
+from polm.data.readers import read_documents
+from polm.errors import UserError
+from polm.objectives.distill import build_distill
+from polm.objectives.ntp import build_ntp
+from polm.objectives.remit import build_remit
+from polm.objectives.rho1 import build_rho1
+from polm.recipe import MidtrainSettings
+from polm.stages.common import (
+    Base,
+    Context,
+    Stage,
+    StageResult,
+    attach_annotation,
+    cached_annotation,
+    free_memory,
+    input_file,
+    load_base,
+    new_ledger,
+    reference_scores,
+    start_stage,
+    train_on_trees,
+)
+from polm.tokens import Objective, Tree
+
+
+def build_objective(settings: MidtrainSettings) -> Objective:
+    """The objective of a weighting."""
+    if settings.weighting == "rho1":
+        return build_rho1(keep=settings.keep, base=settings.base, scope=settings.scope)
+    if settings.weighting == "distill":
+        return build_distill(alpha=settings.alpha, top_k=settings.top_k)
+    if settings.weighting in ("remit", "shuffled"):
+        return build_remit(
+            eps=settings.eps,
+            temperature=settings.temperature,
+            centring=settings.centring,
+            base=settings.base,
+            denominator=settings.denominator,
+            shuffled=settings.weighting == "shuffled",
+        )
+    return build_ntp()
+
+
+def run(settings: MidtrainSettings, context: Context) -> StageResult:
+    """Anneal on midtrain.jsonl. `reference` is a model, or an `annotate` artifact of one over the same data."""
+    start_stage(settings, context)
+    if settings.weighting != "ntp" and "reference" not in context.inputs:
+        raise UserError(
+            f"weighting {settings.weighting} compares with a reference model: give reference=MODEL "
+            "(the RL-tuned model of the cycle before) or reference=FOLDER of `polm annotate`"
+        )
+    base = load_base(context.inputs["base"])
+    ledger = new_ledger()
+    trees = build_document_trees(
+        base.tokenizer,
+        read_documents(input_file(context, "data", "midtrain.jsonl")),
+        context=min(settings.bin_tokens, base.max_positions),
+        too_long=settings.too_long,
+        ledger=ledger,
+    )
+    trees = _with_scores(settings, context, base, trees)
+    result = train_on_trees(context, base, trees, build_objective(settings), settings, ledger)
+    return StageResult(result.summary, result.ledger)
+
+
+def _with_scores(settings: MidtrainSettings, context: Context, base: Base, trees: list[Tree]) -> list[Tree]:
+    """Attach what the weighting reads: the reference's scores, and the frozen base's where it is the yardstick."""
+    if settings.weighting == "ntp":
+        return trees
+    top_k = settings.top_k if settings.weighting == "distill" else 0
+    reference = reference_scores(
+        context, "reference", base, trees, top_k=top_k, bin_tokens=settings.bin_tokens, precision=settings.precision
+    )
+    trees = attach_annotation(trees, "ref", reference)
+    if settings.base == "frozen" and settings.weighting != "distill":
+        # Before `fit` restores a checkpoint: the frozen base is the model as it was given.
+        frozen = cached_annotation(
+            context.workdir / "scores-base", base, trees, context, 0, settings.bin_tokens, settings.precision
+        )
+        trees = attach_annotation(trees, "base", frozen)
+    free_memory()
+    return trees
+
+
+STAGE = Stage(
+    "midtrain", "train", MidtrainSettings, run, inputs=("base", "data"), optional_inputs=("reference",),
+    summary="anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, shuffled)",
+)

@@ -1,0 +1,67 @@
+"""`polm pretrain`: next-token prediction from random weights, or on from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from polm.data.examples import build_document_trees
+from polm.data.readers import read_documents
+from polm.engine.device import pick_device
+from polm.errors import UserError
+from polm.models.loading import build_model, load_tokenizer
+from polm.objectives.ntp import build_ntp
+from polm.recipe import PretrainSettings
+from polm.stages.common import (
+    Base,
+    Context,
+    Stage,
+    StageResult,
+    input_file,
+    load_base,
+    model_folder,
+    new_ledger,
+    start_stage,
+    train_on_trees,
+)
+
+
+def run(settings: PretrainSettings, context: Context) -> StageResult:
+    """Train on pretrain.jsonl. With the input `base` it goes on from that model and `model` in the recipe is unused."""
+    start_stage(settings, context)
+    base = load_base(context.inputs["base"]) if "base" in context.inputs else _new_base(settings, context)
+    ledger = new_ledger()
+    trees = build_document_trees(
+        base.tokenizer,
+        read_documents(input_file(context, "data", "pretrain.jsonl")),
+        context=min(settings.bin_tokens, base.max_positions),
+        too_long=settings.too_long,
+        ledger=ledger,
+    )
+    return train_on_trees(context, base, trees, build_ntp(), settings, ledger)
+
+
+def _new_base(settings: PretrainSettings, context: Context) -> Base:
+    if "tokenizer" not in context.inputs:
+        raise UserError("pretrain from random weights needs tokenizer=FOLDER (or base=MODEL to go on from a model)")
+    folder = model_folder_of_tokenizer(context.inputs["tokenizer"])
+    tokenizer = load_tokenizer(folder)
+    model = build_model(
+        **settings.model.model_dump(),
+        vocab_size=len(tokenizer),
+        seed=settings.seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return Base(model.to(pick_device()), tokenizer, folder)
+
+
+def model_folder_of_tokenizer(source: str) -> str:
+    """A tokenizer artifact holds its files in `model/`, like a model."""
+    inner = Path(source) / "model"
+    return str(inner) if (inner / "tokenizer_config.json").is_file() else model_folder(source)
+
+
+STAGE = Stage(
+    "pretrain", "train", PretrainSettings, run, inputs=("data",), optional_inputs=("tokenizer", "base"),
+    summary="next-token prediction from random weights",
+)

@@ -1,0 +1,37 @@
+"""`polm sft`: supervised fine-tuning on conversations; only the assistant's tokens are targets."""
+
+from __future__ import annotations
+
+from polm.data.examples import build_conversation_trees
+from polm.data.readers import read_conversations
+from polm.objectives.ntp import build_ntp
+from polm.recipe import SFTSettings
+from polm.stages.common import (
+    Context,
+    Stage,
+    StageResult,
+    input_file,
+    load_base,
+    new_ledger,
+    start_stage,
+    train_on_trees,
+)
+
+
+def run(settings: SFTSettings, context: Context) -> StageResult:
+    """Fine-tune `base` on sft.jsonl."""
+    start_stage(settings, context)
+    base = load_base(context.inputs["base"])
+    ledger = new_ledger()
+    trees = build_conversation_trees(
+        base.tokenizer,
+        read_conversations(input_file(context, "data", "sft.jsonl")),
+        context=min(settings.bin_tokens, base.max_positions),
+        too_long=settings.too_long,
+        train_on=settings.train_on,
+        ledger=ledger,
+    )
+    return train_on_trees(context, base, trees, build_ntp(), settings, ledger)
+
+
+STAGE = Stage("sft", "train", SFTSettings, run, inputs=("base", "data"), summary="supervised fine-tuning")
