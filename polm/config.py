@@ -39,7 +39,7 @@ def load_settings(
     prefix: tuple[str, ...] = ()
     if section is not None and isinstance(values.get(section), dict):
         values, prefix = values[section], (section,)
-    values = apply_overrides(kind, values, overrides)
+    values = apply_overrides(values, overrides)
     return validate(kind, values, str(file) if file else "the command line", lines, prefix)
 
 
@@ -93,9 +93,9 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(f"no recipe {name!r}: neither a file nor a shipped recipe{_nearest(name, list_shipped())}")
 
 
-def apply_overrides(kind: type[BaseModel], values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Apply `a.b=value` strings; values are read as YAML. A plain value for a section with a `path` sets that path."""
-    out = _copy(values)
+    out: dict[str, Any] = _copy(values)
     for override in overrides:
         key, equals, raw = override.partition("=")
         if not equals or not key:

@@ -137,7 +137,9 @@ class TrainSettings(Settings):
     threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
-    checkpoint_every: Number = Field(0, description="updates between checkpoints; 0 = off", json_schema_extra=NOT_SEMANTIC)
+    checkpoint_every: Number = Field(
+        0, description="updates between checkpoints; 0 = off", json_schema_extra=NOT_SEMANTIC
+    )
     log_every: Count = Field(1, json_schema_extra=NOT_SEMANTIC)
 
     @model_validator(mode="after")
@@ -160,7 +162,9 @@ class MidtrainSettings(TrainSettings):
     eps: Share = Field(0.2, description="remit, shuffled: weights are clipped to [1 - eps, 1 + eps]")
     temperature: Positive = Field(1.0, description="remit, shuffled: divides the centred difference")
     centring: Literal["sequence", "batch", "none"] = "sequence"
-    base: Literal["live", "frozen"] = Field("live", description="remit, shuffled, rho1: whose log-probabilities to compare")
+    base: Literal["live", "frozen"] = Field(
+        "live", description="remit, shuffled, rho1: whose log-probabilities to compare"
+    )
     denominator: Literal["tokens", "weights"] = Field("tokens", description="remit, shuffled")
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.6, description="rho1: share of the tokens kept")
     scope: Literal["batch", "sequence"] = Field("batch", description="rho1: where tokens are ranked")
@@ -170,6 +174,7 @@ class MidtrainSettings(TrainSettings):
 
 class SFTSettings(TrainSettings):
     train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last")
+    chat_template: str | None = Field(None, description="set this template of ours; needed where the base has none")
 
 
 class DPOSettings(TrainSettings):

@@ -134,10 +134,8 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         streams = {name: value.to(device, non_blocking=True) for name, value in self.streams.items()}
         marks = {name: value.to(device, non_blocking=True) for name, value in self.marks.items()}

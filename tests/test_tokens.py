@@ -86,15 +86,16 @@ def test_the_first_token_of_a_root_is_no_target() -> None:
 def test_an_empty_segment_hands_its_parent_on() -> None:
     tree = (
         Segment(np.array([1, 2])),
+        Segment(np.array([9]), parent=0),
         Segment(np.array([], dtype=np.int64), parent=0),
-        Segment(np.array([3]), parent=1),
+        Segment(np.array([3]), parent=2),
     )
     batch = collate([tree])
-    assert batch.tokens_T.tolist() == [1, 2, 3]
-    assert batch.positions_T.tolist() == [0, 1, 2]
-    assert batch.predictors_T.tolist() == [-1, 0, 1]
-    assert batch.segments_T.tolist() == [0, 0, 2]
-    assert batch.lengths_S.tolist() == [2, 0, 1]
+    assert batch.tokens_T.tolist() == [1, 2, 9, 3]
+    assert batch.positions_T.tolist() == [0, 1, 2, 2]
+    assert batch.predictors_T.tolist() == [-1, 0, 1, 1]
+    assert batch.segments_T.tolist() == [0, 0, 1, 3]
+    assert batch.lengths_S.tolist() == [2, 1, 0, 1]
 
 
 def test_build_document_and_completions() -> None:

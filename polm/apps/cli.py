@@ -20,7 +20,9 @@ from polm.errors import UserError
 
 console = Console(soft_wrap=False)
 app = typer.Typer(
-    help="Post-training of language models as a flywheel.", no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Post-training of language models as a flywheel.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
     add_completion=False,
 )
 runs_app = typer.Typer(help="Look at runs and take them away.", no_args_is_help=True)

@@ -1,4 +1,4 @@
-"""What the terminal shows while stages run: a bar with rate and time left, or plain lines where there is no terminal."""
+"""What the terminal shows while stages run: a bar with rate and time left; plain lines where it is no terminal."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StageBar:
             self.bar.update(self.task, completed=done, total=total, words=words)
         elif time.monotonic() - self.last > PLAIN_SECONDS or done == total:
             self.last = time.monotonic()
-            self.console.print(f"{self.name} {done}/{total} {words}", markup=False, highlight=False)
+            self.console.print(f"{self.name} {done}/{total} {words}", markup=False, highlight=False, soft_wrap=True)
 
 
 class RunBar:
@@ -83,7 +83,7 @@ class RunBar:
             self._print(f"{self.num_skipped} stages were there already")
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
         node = event.node.id
@@ -149,6 +149,7 @@ def print_plan(console: Console, plan: Plan, workers: int) -> None:
     peak = estimate_peak(plan.graph, plan.recipe, workers)
     memory = f"about {peak / 1e9:.1f} GB with {workers} workers" if peak is not None else "unknown (base from outside)"
     console.print(
-        f"in all: {updates:,} updates, at most {tokens:,} training tokens, {samples:,} RL and pair samples; memory {memory}; "
-        "a dot: depends on the length of the data"
+        f"in all: {updates:,} updates, at most {tokens:,} training tokens, {samples:,} RL and pair samples; "
+        f"memory {memory}; a dot: depends on the length of the data",
+        soft_wrap=True,
     )

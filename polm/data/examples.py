@@ -127,9 +127,10 @@ def build_preference_trees(
             ledger["dropped_equal"] += 1
             continue
         room = context - len(prompt)
-        if room < 1:
-            if fit_context(prompt, context - 1, "drop" if too_long == "drop" else "error", what, ledger) is None:
-                continue
+        # A prompt that fills the context leaves nothing to compare: truncating it would change the question.
+        prompt_policy: Policy = "drop" if too_long == "drop" else "error"
+        if room < 1 and fit_context(prompt, context - 1, prompt_policy, what, ledger) is None:
+            continue
         fitted = [fit_context(a, room, too_long, what, ledger) for a in answers]
         kept = [a for a in fitted if a is not None]
         if len(kept) == 2:
@@ -171,5 +172,3 @@ def attach_streams(trees: Sequence[Tree], streams: dict[str, Array]) -> list[Tre
             offset += len(segment)
         out.append(tuple(segments))
     return out
-
-

@@ -76,12 +76,13 @@ class PackedTrees:
         size = self.micro_bins or len(chosen)
         return Step(
             [
-            collate(
-                (self.trees[i] for b in chosen[first : first + size] for i in self.bins[b]),
-                seed=(self.seed << 40) + (update << 16) + first,
-            )
-            for first in range(0, len(chosen), size)
-        ])
+                collate(
+                    (self.trees[i] for b in chosen[first : first + size] for i in self.bins[b]),
+                    seed=(self.seed << 40) + (update << 16) + first,
+                )
+                for first in range(0, len(chosen), size)
+            ]
+        )
 
 
 _ORDERS: dict[tuple[int, int, int], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}

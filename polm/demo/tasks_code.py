@@ -12,27 +12,29 @@ BIT_OPERATORS = {
     "xor": lambda left, right: left ^ right,
 }
 VARIABLES = ("x", "y", "z")
-MAX_VALUE = 99
+MAX_VALUE = 20
 
 
 def ask_bits(rng: Random) -> str:
-    width = rng.randint(4, 6)
-    left, right = (f"{rng.randrange(2**width):0{width}b}" for _ in range(2))
-    return f"bits {left} {rng.choice(list(BIT_OPERATORS))} {right} ."
+    left, right = (f"{rng.randrange(2**6):06b}" for _ in range(2))
+    return f"bits {left} {rng.choice(list(BIT_OPERATORS))} {right} in decimal ."
 
 
 def work_bits(prompt: str, pen: Pen) -> tuple[str, str]:
-    """`bits 1011 xor 0110 .` -> `1 xor 0 = 1 , 0 xor 1 = 1 , ...`, `1101`."""
-    _, left, operator, right, _ = prompt.split()
+    """`bits 1011 xor 0110 in decimal .` -> `1101 : 1 , 3 , 6 , 13`, `13`: the bits, then their value from the left."""
+    _, left, operator, right, *_ = prompt.split()
     operator = pen.choose(operator, [other for other in BIT_OPERATORS if other != operator])
-    results: list[str] = []
-    steps: list[str] = []
+    bits: list[int] = []
     for left_bit, right_bit in zip(left, right, strict=True):
         bit = BIT_OPERATORS[operator](int(left_bit), int(right_bit))
-        bit = pen.choose(bit, [1 - bit])
-        results.append(str(bit))
-        steps.append(f"{left_bit} {operator} {right_bit} = {bit}")
-    return " , ".join(steps), "".join(results)
+        bits.append(pen.choose(bit, [1 - bit]))
+    value = 0
+    values: list[int] = []
+    for bit in bits:
+        value = pen.number(2 * value + bit)
+        values.append(value)
+    steps = f"{''.join(str(bit) for bit in bits)} : {' , '.join(str(value) for value in values)}"
+    return steps, str(value)
 
 
 def _calculate(left: int, operator: str, right: int) -> int:
@@ -42,9 +44,9 @@ def _calculate(left: int, operator: str, right: int) -> int:
 def ask_code(rng: Random) -> str:
     """Two variables are set, then two or three statements compute; one of the computed variables is printed."""
     names = rng.sample(VARIABLES, 2)
-    values = {name: rng.randint(2, 20) for name in names}
+    values = {name: rng.randint(2, 9) for name in names}
     lines = [f"{name} = {value}" for name, value in values.items()]
-    num_lines = len(lines) + rng.randint(2, 3)
+    num_lines = len(lines) + rng.randint(1, 2)
     targets: list[str] = []
     while len(lines) < num_lines:
         target = rng.choice(VARIABLES)

@@ -27,7 +27,7 @@ def _join(low_digits: list[int], top: int) -> str:
 
 
 def ask_add(rng: Random) -> str:
-    return f"add {rng.randint(10, 999)} and {rng.randint(10, 99)} ."
+    return f"add {rng.randint(100, 999)} and {rng.randint(10, 99)} ."
 
 
 def work_add(prompt: str, pen: Pen) -> tuple[str, str]:
@@ -49,29 +49,34 @@ def work_add(prompt: str, pen: Pen) -> tuple[str, str]:
 
 
 def ask_sub(rng: Random) -> str:
-    small = rng.randint(10, 99)
-    return f"subtract {small} from {rng.randint(small, 199)} ."
+    return f"subtract {rng.randint(10, 99)} from {rng.randint(100, 999)} ."
 
 
 def work_sub(prompt: str, pen: Pen) -> tuple[str, str]:
-    """`subtract 85 from 142 .` -> `12 - 5 = 7 , 14 - 8 - 1 = 5`, `57`."""
+    """`subtract 85 from 342 .` -> `12 - 5 = 7 , 14 - 8 - 1 = 5 , 3 - 1 = 2`, `257`."""
     small, large = read_numbers(prompt)
-    borrow = int(large % 10 < small % 10)
-    upper = large % 10 + 10 * borrow
-    units = pen.number(upper - small % 10, high=9)
-    steps = [f"{upper} - {small % 10} = {units}"]
-    borrow = pen.choose(borrow, [0] if borrow else [])
-    tens = pen.number(large // 10 - small // 10 - borrow)
-    steps.append(f"{large // 10} - {small // 10}{' - 1' * borrow} = {tens}")
-    return " , ".join(steps), _join([units], tens)
+    lower, upper = _digits(small), _digits(large)
+    steps: list[str] = []
+    low_digits: list[int] = []
+    borrow = 0
+    for top, bottom in zip(upper, lower, strict=False):
+        next_borrow = int(top < bottom + borrow)
+        top += 10 * next_borrow
+        low_digits.append(pen.number(top - bottom - borrow, high=9))
+        steps.append(f"{top} - {bottom}{' - 1' * borrow} = {low_digits[-1]}")
+        borrow = pen.choose(next_borrow, [0] if next_borrow else [])
+    top = large // 10 ** len(lower)
+    rest = pen.number(top - borrow)
+    steps.append(f"{top}{f' - 1 = {rest}' * borrow}" if borrow else str(rest))
+    return " , ".join(steps), _join(low_digits, rest)
 
 
 def ask_mul(rng: Random) -> str:
-    return f"multiply {rng.randint(100, 999)} by {rng.randint(2, 9)} ."
+    return f"multiply {rng.randint(1000, 9999)} by {rng.randint(2, 4)} ."
 
 
 def work_mul(prompt: str, pen: Pen) -> tuple[str, str]:
-    """`multiply 347 by 6 .` -> `7 * 6 = 42 , 4 * 6 + 4 = 28 , 3 * 6 + 2 = 20`, `2082`."""
+    """`multiply 4375 by 3 .` -> `5 * 3 = 15 , 7 * 3 + 1 = 22 , 3 * 3 + 2 = 11 , 4 * 3 + 1 = 13`, `13125`."""
     large, factor = read_numbers(prompt)
     columns = _digits(large)
     steps: list[str] = []

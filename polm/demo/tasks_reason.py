@@ -20,7 +20,7 @@ def _list(numbers: list[int]) -> str:
 
 
 def ask_max(rng: Random) -> str:
-    return f"largest of {_list(rng.sample(range(10, 1000), 5))} ."
+    return f"largest of {_list(rng.sample(range(100, 1000), 5))} ."
 
 
 def work_max(prompt: str, pen: Pen) -> tuple[str, str]:
@@ -36,7 +36,7 @@ def work_max(prompt: str, pen: Pen) -> tuple[str, str]:
 
 
 def ask_sort(rng: Random) -> str:
-    return f"sort {_list(rng.sample(range(100), 4))} ."
+    return f"sort {_list(rng.sample(range(10, 100), 4))} ."
 
 
 def work_sort(prompt: str, pen: Pen) -> tuple[str, str]:
@@ -53,15 +53,15 @@ def work_sort(prompt: str, pen: Pen) -> tuple[str, str]:
 
 
 def ask_count(rng: Random) -> str:
-    length = rng.randint(7, 11)
-    return f"count {rng.choice(COLOURS)} in {' '.join(rng.choices(COLOURS, k=length))} ."
+    return f"count {rng.choice(COLOURS)} in {' , '.join(rng.choices(COLOURS, k=8))} ."
 
 
 def work_count(prompt: str, pen: Pen) -> tuple[str, str]:
-    """`count red in blue red red .` -> `blue 0 red 1 red 2`, `2`: the list again, with a running count."""
-    wanted, _, *colours = prompt.split()[1:-1]
-    count, steps = 0, []
-    for colour in colours:
+    """`count red in blue , red , red .` -> `blue 0 red 1 red 2`, `2`: the list again, with a running count."""
+    wanted = prompt.split()[1]
+    count = 0
+    steps: list[str] = []
+    for colour in prompt.split()[3:-1:2]:
         step = int(colour == wanted)
         count += pen.choose(step, [1 - step])
         steps.append(f"{colour} {count}")
@@ -71,7 +71,7 @@ def work_count(prompt: str, pen: Pen) -> tuple[str, str]:
 def ask_clock(rng: Random) -> str:
     hour, minute = rng.randrange(HOURS_PER_DAY), rng.randrange(MINUTES_PER_HOUR)
     sign = rng.choice(("plus", "minus"))
-    return f"clock {hour} : {minute:02d} {sign} {rng.randint(2, 59)} minutes ."
+    return f"clock {hour} : {minute:02d} {sign} {rng.randrange(10, 60, 10)} minutes ."
 
 
 def work_clock(prompt: str, pen: Pen) -> tuple[str, str]:
@@ -117,15 +117,15 @@ def _turn_hour(hour: int, is_later: bool, steps: list[str]) -> int:
 def ask_word(rng: Random) -> str:
     owner, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
-    start = rng.randint(10, 60)
+    start = rng.randint(5, 15)
     if rng.random() < 1 / 3:
-        story = f"{owner} has {start} {thing} and {other} has {rng.randint(10, 60)} . "
-        story += f"{owner} gives {rng.randint(2, 9)} to {other} . "
+        story = f"{owner} has {start} {thing} and {other} has {rng.randint(5, 15)} . "
+        story += f"{owner} gives {rng.randint(2, 5)} to {other} . "
         return story + f"how many {thing} has {rng.choice((owner, other))} ?"
     events = [
-        f"buys {rng.randint(2, 9)} boxes of {rng.randint(2, 9)}",
-        f"finds {rng.randint(2, 30)} more",
-        rng.choice(("loses {}", "gives {} to " + other)).format(rng.randint(2, 9)),
+        f"buys {rng.randint(2, 5)} boxes of {rng.randint(2, 5)}",
+        f"finds {rng.randint(2, 9)} more",
+        rng.choice(("loses {}", "gives {} to " + other)).format(rng.randint(2, 5)),
     ]
     first, second = rng.sample(events, 2)
     return f"{owner} has {start} {thing} , {first} and {second} . how many {thing} has {owner} ?"

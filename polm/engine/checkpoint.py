@@ -46,7 +46,7 @@ def save_checkpoint(workdir: Path, model: PreTrainedModel, optimizers: Sequence[
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        temporary.replace(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StoreError(

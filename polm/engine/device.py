@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -25,7 +26,7 @@ def use_bf16(precision: str, device: str) -> bool:
 def has_cpu_bf16() -> bool:
     """Whether the CPU has bf16 products (AVX512-BF16 or AMX); elsewhere torch emulates them slowly."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as handle:
             flags = next((line for line in handle if line.startswith("flags")), "")
     except OSError:
         return False  # not Linux: no way to ask without a dependency

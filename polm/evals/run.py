@@ -18,7 +18,7 @@ from polm.evals.statistics import compute_pass_at_k
 from polm.recipe import EvalSettings
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
 from polm.rollout.generate import Completion, SamplingParams, generate
-from polm.text.chat import render_chat, render_prompt
+from polm.text.chat import render_chat, render_prompt, stop_token_ids
 from polm.tokens import Array, Tree, build_completions, collate, tree_length
 
 LIKELIHOOD_BIN = 4096
@@ -48,6 +48,7 @@ def evaluate(
     items = [(name, item) for name, members in benchmarks.items() for item in members]
     encoded = [encode_item(tokenizer, item, settings.format) for _, item in items]
     prompts = [prompt for prompt, _ in encoded]
+    stops = stop_token_ids(tokenizer) if settings.format == "chat" else (int(tokenizer.eos_token_id),)
     total = len(items) * (1 + settings.samples)
 
     def sample(temperature: float, num_samples: int, offset: int) -> list[Completion]:
@@ -57,7 +58,7 @@ def evaluate(
             top_p=settings.top_p if temperature else 1.0,
             num_samples=num_samples,
             seed=settings.seed,
-            stop_token_ids=(int(tokenizer.eos_token_id),),
+            stop_token_ids=stops,
         )
         progress = lambda done, _: report(offset + done, total)  # noqa: E731
         return generate(model, tokenizer, prompts, params, bf16=bf16, progress=progress)
@@ -123,7 +124,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], settings: EvalSettings) -> dict
         values = [b[key] for b in benchmarks.values() if b[key] is not None]
         mean[key] = float(np.mean(values)) if values else None
     mean["pass@k"] = {
-        k: float(np.mean([b["pass@k"][k] for b in benchmarks.values()])) for k in next(iter(benchmarks.values()))["pass@k"]
+        k: float(np.mean([b["pass@k"][k] for b in benchmarks.values()]))
+        for k in next(iter(benchmarks.values()))["pass@k"]
     }
     return {"format": settings.format, "benchmarks": benchmarks, "mean": mean}
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polm.config import Settings, validate
-from polm.recipe import Arm, AnnotateSettings, DataStage, EvalSettings, MidtrainSettings, Recipe
+from polm.recipe import AnnotateSettings, Arm, DataStage, EvalSettings, MidtrainSettings, Recipe
 from polm.stages.common import Stage
 from polm.stages.table import STAGES
 

@@ -110,9 +110,7 @@ def run_graph(plan: Plan, *, workers: int = 0, watch: Watch) -> None:
         write_run_files(plan)
 
 
-def _run_pending(
-    plan: Plan, pending: dict[str, Node], finished: set[str], workers: int, watch: Watch
-) -> None:
+def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], workers: int, watch: Watch) -> None:
     running: dict[Future[None], Node] = {}
     busy_folders: set[Path] = set()
     context = multiprocessing.get_context("spawn")
@@ -235,7 +233,7 @@ def write_run_files(plan: Plan) -> None:
         link = plan.run_dir / node.id
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(plan.folder(node.id), link.parent)
-        if link.is_symlink() and os.readlink(link) == target:
+        if link.is_symlink() and str(link.readlink()) == target:
             continue
         link.unlink(missing_ok=True)
         link.symlink_to(target)

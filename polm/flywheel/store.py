@@ -54,7 +54,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         manifest["key"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"the manifest of {folder} cannot be read ({error}); remove the folder and run again") from error
+        raise StoreError(
+            f"the manifest of {folder} cannot be read ({error}); remove the folder and run again"
+        ) from error
     return manifest
 
 
@@ -159,9 +161,7 @@ def _claim(folder: Path, key: str) -> None:
         claim.write_text(key)
 
 
-def write_manifest(
-    work: Work, key: str, result: StageResult, started: datetime, seconds: float
-) -> dict[str, Any]:
+def write_manifest(work: Work, key: str, result: StageResult, started: datetime, seconds: float) -> dict[str, Any]:
     """Hash every file, then write the manifest, last and atomically."""
     files = {
         str(p.relative_to(work.folder)): {"bytes": p.stat().st_size, "sha256": fingerprint_bytes(p)}

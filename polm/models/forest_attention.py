@@ -15,7 +15,6 @@ G query heads per key head, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,7 +50,7 @@ def forest_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 (part of the interface; the forest is the mask)
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -80,7 +79,7 @@ def forest_attention(
 
 
 AttentionInterface.register(FOREST, forest_attention)
-AttentionMaskInterface.register(FOREST, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(FOREST, lambda *_, **__: None)
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,7 @@ def _group_blocks(blocks: list[_Block], num_heads: int) -> list[list[_Block]]:
     return groups
 
 
-def _build_group(
-    blocks: list[_Block], positions: Array, inverse: Array, offset: int, device: torch.device
-) -> _Group:
+def _build_group(blocks: list[_Block], positions: Array, inverse: Array, offset: int, device: torch.device) -> _Group:
     """Pad the blocks of one group, and note in `inverse` where each of their tokens stands."""
     num_queries = max(block.num_queries for block in blocks)
     num_keys = max(block.num_keys for block in blocks)
@@ -239,9 +236,7 @@ def _gather_keys(key_TJD: Tensor, group: _Group) -> Tensor:
     return rows.view(group.num_blocks, group.num_keys, *key_TJD.shape[1:]).transpose(1, 2)
 
 
-def _compute_probabilities(
-    queries: Tensor, keys: Tensor, bias: Tensor, scale: float, group: _Group
-) -> Tensor:
+def _compute_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, scale: float, group: _Group) -> Tensor:
     """Attention weights [B, J, G*Q, K] in float32."""
     scores = torch.matmul(queries, keys.transpose(2, 3)).float()
     blocks, key_heads, rows, num_keys = scores.shape
@@ -255,7 +250,13 @@ class _ForestAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, plan: ForestPlan, scale: float, window: int | None
+        ctx: Any,
+        query_THD: Tensor,
+        key_TJD: Tensor,
+        value_TJD: Tensor,
+        plan: ForestPlan,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         num_heads, num_key_heads = query_THD.shape[1], key_TJD.shape[1]
         outputs = []
@@ -306,5 +307,3 @@ def _add_keys(total_TJD: Tensor, grad_BJKD: Tensor, group: _Group) -> None:
     """Add the blocks' key gradients at their places in the stream (padded keys carry exact zeros)."""
     rows = grad_BJKD.transpose(1, 2).reshape(group.num_blocks * group.num_keys, *total_TJD.shape[1:])
     total_TJD.index_add_(0, group.key_index, rows.float())
-
-

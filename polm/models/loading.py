@@ -8,7 +8,6 @@ stream, logits processed in a way that we do not know) is refused instead of tra
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from polm.errors import ModelError, StoreError
 from polm.models.forest_attention import FOREST, build_plan
 from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
+
+# Its bars for files of a few megabytes would drown the stage's own progress.
+transformers_logging.disable_progress_bar()
 
 
 def build_model(
@@ -68,13 +71,13 @@ def build_model(
 
 
 def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a causal language model from a folder or a hub id, ready for the token forest.
+    """Load a causal language model from a folder or a hub id (`name` or `name@revision`), ready for the token forest.
 
     Raises ModelError naming what is missing and the cure.
     """
     name = require_source(source, "model")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**locate(name), dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}") from error
     return prepare_model(model.to(device), name)
@@ -84,13 +87,15 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or a hub id."""
     name = require_source(source, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(**locate(name))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the tokenizer of {name} could not be loaded: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{name} has only a slow tokenizer; a fast one (tokenizer.json) is needed for exact offsets")
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {name} has no end-of-text token; set eos_token in its tokenizer_config.json")
+        raise ModelError(
+            f"the tokenizer of {name} has no end-of-text token; set eos_token in its tokenizer_config.json"
+        )
     out: PreTrainedTokenizerFast = tokenizer
     return out
 
@@ -108,6 +113,14 @@ def require_source(source: str | Path, what: str) -> str:
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"no {what} folder at {name}; give a folder with a Hugging Face checkpoint, or a hub id")
     return name
+
+
+def locate(name: str) -> dict[str, str]:
+    """Arguments of `from_pretrained`: a folder as it is, a hub id with the revision after `@` if there is one."""
+    if Path(name).is_dir():
+        return {"pretrained_model_name_or_path": name}
+    hub_id, _, revision = name.partition("@")
+    return {"pretrained_model_name_or_path": hub_id, **({"revision": revision} if revision else {})}
 
 
 def first_line(error: BaseException) -> str:
@@ -188,7 +201,7 @@ def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tens
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
-    """Write an ordinary Hugging Face checkpoint (safetensors), atomically: the folder appears complete or not at all."""
+    """Write an ordinary Hugging Face checkpoint (safetensors); the folder appears complete or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -198,10 +211,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None
             tokenizer.save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StoreError(f"the model could not be written to {folder}: {first_line(error)}; free space and run again") from error
+        raise StoreError(
+            f"the model could not be written to {folder}: {first_line(error)}; free space and run again"
+        ) from error
 
 
 def _forget_attention(config: Path) -> None:

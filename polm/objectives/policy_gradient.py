@@ -36,7 +36,7 @@ def build_policy_gradient(
     `unbiased_kl` it is k3 * ratio, whose gradient is that of the divergence itself, ratio * log(p / p_ref) (arXiv
     2512.02556; TRL's default). Without, it is the bare k3 of the GRPO paper, whose gradient on-policy is another one,
     1 - p_ref / p. The tokens' losses, times the data's weights, are summed and divided as `normalize` says:
-      "tokens"     by the number of target tokens (DAPO, arXiv 2503.14476, equation 8)
+      "tokens"     by the number of target tokens (DAPO, arXiv 2503.14476, section 3.3)
       "sequences"  the mean within each completion, then the mean over completions (GRPO, arXiv 2402.03300, equation 3)
       "constant"   by the number of completions times `max_completion_tokens` (Dr. GRPO, arXiv 2503.20783)
 
@@ -49,6 +49,31 @@ def build_policy_gradient(
     kl of the loss), `rl/entropy` (with `log_entropy`), `rl/sampler_gap` (|log p - log p_sampler|), and
     `rl/sampler_gap_max`: the largest gap of a micro-batch, averaged over the update's micro-batches.
     """
+    _check(clip_low, clip_high, kl_beta, normalize, max_completion_tokens)
+
+    def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        loss_N, per_token = compute_clipped(scores, batch, clip_low=clip_low, clip_high=clip_high)
+        if kl_beta > 0.0:
+            kl_N = compute_kl_k3(scores.logprobs_N.float(), batch.at_targets("ref_logprobs").float())
+            if unbiased_kl:
+                kl_N = per_token["rl/ratio_mean"] * kl_N
+            loss_N = loss_N + kl_beta * kl_N
+            per_token["rl/kl"] = kl_N
+        if log_entropy:
+            assert scores.entropy_N is not None, "the policy gradient asked the engine for the entropy"
+            per_token["rl/entropy"] = scores.entropy_N
+        total, denominator = compute_normalized(loss_N, batch, normalize, max_completion_tokens)
+        return Loss(total, denominator, _build_metrics(per_token, scores.logprobs_N.detach(), batch))
+
+    return Objective(
+        name="policy_gradient",
+        compute=compute,
+        needs=Needs(entropy=log_entropy),
+        reads=("weights", "advantages", "ref_logprobs") if kl_beta > 0.0 else ("weights", "advantages"),
+    )
+
+
+def _check(clip_low: float, clip_high: float, kl_beta: float, normalize: str, max_completion_tokens: int) -> None:
     if not 0.0 <= clip_low <= 1.0 or clip_high < 0.0:
         raise RecipeError(f"policy gradient: clip_low is {clip_low} (in [0, 1]), clip_high is {clip_high} (at least 0)")
     if kl_beta < 0.0:
@@ -60,45 +85,31 @@ def build_policy_gradient(
     if max_completion_tokens < 1:
         raise RecipeError(f"policy gradient: max_completion_tokens is {max_completion_tokens}; it must be at least 1")
 
-    def compute(scores: Scores, batch: TokenBatch) -> Loss:
-        logprobs_N = scores.logprobs_N.float()
-        advantages_N = batch.at_targets("advantages").float()
-        has_old = "old_logprobs" in batch.streams
-        old_N = batch.at_targets("old_logprobs").float() if has_old else logprobs_N.detach()
-        ratio_N = torch.exp(logprobs_N - old_N)
-        clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
-        loss_N = -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-        per_token = {
-            "rl/ratio_mean": ratio_N,
-            "rl/clip_low_fraction": (ratio_N < 1.0 - clip_low) & (advantages_N < 0),
-            "rl/clip_high_fraction": (ratio_N > 1.0 + clip_high) & (advantages_N > 0),
-            "rl/approx_kl": compute_kl_k3(old_N, logprobs_N),
-        }
-        if kl_beta > 0.0:
-            kl_N = compute_kl_k3(logprobs_N, batch.at_targets("ref_logprobs").float())
-            if unbiased_kl:
-                kl_N = ratio_N * kl_N
-            loss_N = loss_N + kl_beta * kl_N
-            per_token["rl/kl"] = kl_N
-        if log_entropy:
-            assert scores.entropy_N is not None, "the policy gradient asked the engine for the entropy"
-            per_token["rl/entropy"] = scores.entropy_N
-        weights_N = batch.at_targets("weights")
-        total, denominator = compute_normalized(loss_N, weights_N, batch, normalize, max_completion_tokens)
-        return Loss(total, denominator, _build_metrics(per_token, logprobs_N.detach(), weights_N, batch))
 
-    return Objective(
-        name="policy_gradient",
-        compute=compute,
-        needs=Needs(entropy=log_entropy),
-        reads=("weights", "advantages", "ref_logprobs") if kl_beta > 0.0 else ("weights", "advantages"),
-    )
+def compute_clipped(
+    scores: Scores, batch: TokenBatch, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped loss of each target, [N], and what there is to log of it, each [N]; `rl/ratio_mean` is the ratio."""
+    logprobs_N = scores.logprobs_N.float()
+    advantages_N = batch.at_targets("advantages").float()
+    has_old = "old_logprobs" in batch.streams
+    old_N = batch.at_targets("old_logprobs").float() if has_old else logprobs_N.detach()
+    ratio_N = torch.exp(logprobs_N - old_N)
+    clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
+    per_token = {
+        "rl/ratio_mean": ratio_N,
+        "rl/clip_low_fraction": (ratio_N < 1.0 - clip_low) & (advantages_N < 0),
+        "rl/clip_high_fraction": (ratio_N > 1.0 + clip_high) & (advantages_N > 0),
+        "rl/approx_kl": compute_kl_k3(old_N, logprobs_N.detach()),
+    }
+    return -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N), per_token
 
 
 def compute_normalized(
-    loss_N: Tensor, weights_N: Tensor, batch: TokenBatch, normalize: Normalize, max_completion_tokens: int
+    loss_N: Tensor, batch: TokenBatch, normalize: Normalize, max_completion_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the tokens' losses and the denominator that belongs to it, both scalars."""
+    """The weighted sum of the tokens' losses and the denominator that belongs to it, both scalars."""
+    weights_N = batch.at_targets("weights")
     if normalize == "tokens":
         return (weights_N * loss_N).sum(), weights_N.sum()
     segments_N = batch.target_segments_N
@@ -111,10 +122,9 @@ def compute_normalized(
 
 
 @torch.no_grad()
-def _build_metrics(
-    per_token: dict[str, Tensor], logprobs_N: Tensor, weights_N: Tensor, batch: TokenBatch
-) -> dict[str, Metric]:
+def _build_metrics(per_token: dict[str, Tensor], logprobs_N: Tensor, batch: TokenBatch) -> dict[str, Metric]:
     """Means over the target tokens, and the distance from the sampler's own log-probabilities where they are known."""
+    weights_N = batch.at_targets("weights")
     metrics = {}
     if "sampler_logprobs" in batch.streams:
         gap_N = (logprobs_N - batch.at_targets("sampler_logprobs").float()).abs()

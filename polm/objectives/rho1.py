@@ -13,7 +13,7 @@ from polm.tokens import Loss, Metric, Objective, Scores, TokenBatch
 
 
 def build_rho1(*, keep: float, base: Base, scope: Scope) -> Objective:
-    """loss = mean of -log p over the kept tokens (section 2.2, equations 3 to 5), under the data's own weights.
+    """loss = mean of -log p over the kept tokens (section 2.2), under the data's own weights.
 
     excess = CE_base - CE_reference = log p_reference - log p_base; the ceil(keep * n) targets of largest excess are
     kept, the earlier one where two are equal.

@@ -160,24 +160,28 @@ def _draw_edge(start: Box, end: Box, boxes: Iterable[Box], margin: float, style:
     if right > end.x:
         above = end.y - 15
         centre = end.x + NODE_WIDTH / 2
+        track = start.y - 20
+        head = (
+            f"M{right} {middle}"
+            if _is_free(start, margin, boxes)
+            else f"M{right - 6} {start.y} V{track + 5} q0 -5 5 -5"
+        )
         return (
-            f'<path d="M{right} {middle} H{margin - 6} q6 0 6 6 V{above - 6} q0 6 -6 6 H{centre + 6} q-6 0 -6 6 '
-            f'V{end.y - 2}" {style} stroke-opacity="0.55" stroke-dasharray="5 3"/>'
+            f'<path d="{head} H{margin - 6} q6 0 6 6 V{above - 6} q0 6 -6 6 H{centre + 6} q-6 0 -6 6 '
+            f'V{end.y - 2}" {style} stroke-dasharray="5 3"/>'
         )
     gap = end.x - COLUMN_GAP / 2 - 2
     is_straight = start.y == end.y
     if _is_free(start, end.x, boxes):
         head = f"M{right} {middle}"
         if is_straight:
-            return f'<path d="{head} H{end.x - 2}" {style} stroke-opacity="0.6"/>'
-        return (
-            f'<path d="{head} H{gap - 6} q6 0 6 6 V{target - 6} q0 6 6 6 H{end.x - 2}" {style} stroke-opacity="0.4"/>'
-        )
+            return f'<path d="{head} H{end.x - 2}" {style}/>'
+        return f'<path d="{head} H{gap - 6} q6 0 6 6 V{target - 6} q0 6 6 6 H{end.x - 2}" {style}/>'
     above = start.y - 8
     head = f"M{right - 14} {start.y} V{above + 5} q0 -5 5 -5"
     if is_straight:
-        return f'<path d="{head} H{end.x + 9} q5 0 5 5 V{end.y - 2}" {style} stroke-opacity="0.4"/>'
-    return f'<path d="{head} H{gap - 6} q6 0 6 6 V{target - 6} q0 6 6 6 H{end.x - 2}" {style} stroke-opacity="0.4"/>'
+        return f'<path d="{head} H{end.x + 9} q5 0 5 5 V{end.y - 2}" {style}/>'
+    return f'<path d="{head} H{gap - 6} q6 0 6 6 V{target - 6} q0 6 6 6 H{end.x - 2}" {style}/>'
 
 
 def _is_drawn_edge(start: Node, end: Node) -> bool:
@@ -193,7 +197,8 @@ def build_graph(run: Run, seed: int | None) -> str:
     steps = _order_steps(nodes)
     boxes, labels, height = _place_boxes(_build_lanes(nodes, steps), steps)
     marker = f"arrow-{'none' if seed is None else seed}"  # ids are unique in the page, which holds one graph a seed
-    style = f'fill="none" stroke="currentColor" marker-end="url(#{marker})"'
+    # An opaque colour: arrows share tracks, and translucent ones would add up where they do.
+    style = f'fill="none" stroke="var(--edge, #8d929b)" marker-end="url(#{marker})"'
     right = max(box.x for box in boxes.values()) + NODE_WIDTH
     pairs = [
         (boxes[name], boxes[node.id])
@@ -219,6 +224,6 @@ def build_graph(run: Run, seed: int | None) -> str:
         f'<div class="scroll"><svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="graph of stages, {num_done} of {len(nodes)} done">'
         f'<defs><marker id="{marker}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-        'orient="auto"><path d="M0 0.5 L8 4 L0 7.5 z" fill="currentColor"/></marker></defs>'
+        'orient="auto"><path d="M0 0.5 L8 4 L0 7.5 z" fill="var(--edge, #8d929b)"/></marker></defs>'
         f"{''.join(edges)}{''.join(map(_draw_box, boxes.values()))}{names}</svg></div>"
     )

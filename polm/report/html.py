@@ -21,7 +21,8 @@ from polm.report.escape import esc
 from polm.report.load import Run, load_run
 from polm.report.sections_provenance import section_ledger, section_lineage, section_recipe, section_versions
 from polm.report.sections_results import section_benchmarks, section_graph, section_headline
-from polm.report.sections_training import section_samples, section_training
+from polm.report.sections_samples import section_samples
+from polm.report.sections_training import section_training
 
 # (anchor, heading, builder), in the order of the page.
 SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (

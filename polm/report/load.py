@@ -226,7 +226,7 @@ def _build_artifact_path(run_dir: Path, spec: NodeSpec) -> Path | None:
     return run_dir / relative
 
 
-def _load_node(run_dir: Path, spec: NodeSpec, loaded: dict[Path, Node]) -> Node:
+def _load_node(run_dir: Path, spec: NodeSpec, loaded: dict[Path, Node], with_details: bool) -> Node:
     folder = _build_artifact_path(run_dir, spec)
     if folder is None:
         return Node(spec, "pending")
@@ -235,21 +235,26 @@ def _load_node(run_dir: Path, spec: NodeSpec, loaded: dict[Path, Node]) -> Node:
         return Node(spec, "shared", first.manifest, first.metrics, first.evaluation)
     manifest_file, metrics_file = folder / "manifest.json", folder / "metrics.jsonl"
     finished = manifest_file.is_file()
-    metrics = _read_jsonl(_METRICS, metrics_file, finished=finished) if metrics_file.is_file() else ()
+    has_metrics = with_details and metrics_file.is_file()
+    metrics = _read_jsonl(_METRICS, metrics_file, finished=finished) if has_metrics else ()
     if not finished:
         return Node(spec, "pending", metrics=metrics)
     evaluation = None
     if (folder / "results.json").is_file():
         items_file = folder / "items.jsonl"
-        items = _read_jsonl(_ITEM, items_file, finished=True) if items_file.is_file() else ()
+        has_items = with_details and items_file.is_file()
+        items = _read_jsonl(_ITEM, items_file, finished=True) if has_items else ()
         evaluation = Evaluation(_read_json(_RESULTS, folder / "results.json"), items)
     node = Node(spec, "done", _read_json(_MANIFEST, manifest_file), metrics, evaluation)
     loaded[folder] = node
     return node
 
 
-def load_run(run_dir: Path) -> Run:
-    """Read the run folder `run_dir`. Raises StoreError if it is not one, or if a file in it is damaged."""
+def load_run(run_dir: Path, *, with_details: bool = True) -> Run:
+    """Read the run folder `run_dir`. Raises StoreError if it is not one, or if a file in it is damaged.
+
+    Without details the items and the metrics stay unread: enough to list stages, status and cost, and much faster.
+    """
     run_file = run_dir / "run.json"
     if not run_file.is_file():
         found = "a folder without run.json" if run_dir.is_dir() else "no folder"
@@ -259,7 +264,7 @@ def load_run(run_dir: Path) -> Run:
         )
     spec = _read_json(_RUN, run_file)
     loaded: dict[Path, Node] = {}
-    nodes = tuple(_load_node(run_dir, node, loaded) for node in spec.nodes)
+    nodes = tuple(_load_node(run_dir, node, loaded, with_details) for node in spec.nodes)
     recipe_file = run_dir / "recipe.yaml"
     if recipe_file.is_file():
         recipe_text = _read_text(recipe_file)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from polm.report.escape import esc, shorten
 
@@ -392,28 +391,6 @@ def build_interval_plot(marks: Sequence[IntervalMark], *, title: str, x_label: s
     return build_figure("".join(body), title=title, how_to_read=how_to_read, note=note, size=(WIDTH, height))
 
 
-def build_sparkline(values: Sequence[float], *, series: int = 0, label: str = "") -> str:
-    """A curve the size of a word, without axes; its text alternative gives the first and the last value."""
-    shown = [value for value in values if math.isfinite(value)]
-    if len(shown) < 2:
-        return ""
-    low, high = min(shown), max(shown)
-    kept = [shown[i] for i in _thin(len(shown))]
-    height = (high - low) or 1.0
-    points = [(2 + 96 * i / (len(kept) - 1), 18 - 16 * (value - low) / height) for i, value in enumerate(kept)]
-    path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(points))
-    words = f"{label} from {shown[0]:.4g} to {shown[-1]:.4g}"
-    return (
-        f'<svg class="spark" viewBox="0 0 100 20" width="100" height="20" role="img" aria-label="{esc(words)}">'
-        f'<path d="{path}" fill="none" stroke="{build_colour(series)}" stroke-width="1.4"/></svg>'
-    )
-
-
 def compute_histogram_edges(low: float, high: float, num_bins: int) -> tuple[float, ...]:
     """The `num_bins` + 1 edges of equal bins over `low..high`."""
     return tuple(low + (high - low) * index / num_bins for index in range(num_bins + 1))
-
-
-def is_increasing(values: Sequence[float]) -> bool:
-    """True for finite, strictly increasing numbers: what the edges of a histogram must be."""
-    return all(map(math.isfinite, values)) and all(left < right for left, right in pairwise(values))

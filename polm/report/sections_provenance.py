@@ -16,7 +16,10 @@ from polm.report.markup import (
 from polm.report.tables import format_seconds
 
 # What a ledger counts, in the order in which a token meets it; names of other ledgers follow as they come.
-LEDGER_ORDER = ("read", "packed", "truncated", "dropped", "masked", "down_weighted")
+LEDGER_ORDER = (
+    *("read", "unknown", "split", "truncated", "dropped", "lost"),
+    *("kept", "packed", "supervised", "masked", "down_weighted", "unused"),
+)
 KEY_LENGTH = 12
 
 
@@ -41,8 +44,8 @@ def section_ledger(run: Run) -> str:
         return build_paragraph("No finished stage has written a ledger yet.", "callout")
     parts = [
         build_paragraph(
-            "How to read: a row is one stage, a column is one count of its ledger. Nothing is lost in silence: what "
-            "was read and not trained on at full weight stands in one of the other columns.",
+            "How to read: a row is one stage, a column is one count of its ledger (examples, and tokens where it says "
+            "so). Nothing is lost in silence: what was read and not trained on has a column.",
             "quiet",
         )
     ]

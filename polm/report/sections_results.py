@@ -107,8 +107,8 @@ def _build_tiles(run: Run, rows: Rows) -> str:
         ("seeds", str(len(run.seeds)) if run.seeds else "–"),
         ("arms", str(len({arm.name for arm in compute_arm_styles(run)})) or "–"),
         ("benchmarks", str(len(rows.benchmarks))),
-        ("stage time, summed", format_seconds(seconds)),
-        ("core-seconds, at most", format_count(core)),
+        ("stage time", format_seconds(seconds)),
+        ("core-seconds (most)", format_count(core)),
         ("tokens trained on", format_count(num_tokens)),
     ]
     cells = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in tiles)
@@ -135,6 +135,13 @@ def _build_marks(run: Run, rows: Rows, point: str, metric: str) -> list[Interval
     return marks
 
 
+def _describe_bases(rows: Rows) -> str:
+    bases = {row.comparison.basis for row in rows.rows if row.comparison is not None}
+    if bases == {"seeds"}:
+        return ""
+    return "Over items only: one seed proves nothing about training noise."
+
+
 def _build_difference_plots(run: Run, rows: Rows, wanted: list[tuple[str, str]]) -> str:
     plots = []
     for point, metric in wanted:
@@ -147,9 +154,9 @@ def _build_difference_plots(run: Run, rows: Rows, wanted: list[tuple[str, str]])
                     title=f"{start_sentence(describe_point(point))}: {describe_metric(metric, rows)}",
                     x_label=f"difference to {CONTROL_NAME}, {kind.difference_unit}",
                     how_to_read=(
-                        f"A row is one arm: its average over benchmarks minus the control's, with the 95 % interval. "
-                        f"An interval that touches the dashed line at zero shows no difference. "
-                        f"{'Right' if kind.higher_is_better else 'Left'} of it is better."
+                        "A row is an arm's average over benchmarks minus the control's, with its 95 % interval; "
+                        "touching the dashed line means that no difference is shown. "
+                        f"{'Right' if kind.higher_is_better else 'Left'} is better. {_describe_bases(rows)}"
                     ),
                 )
             )
@@ -278,7 +285,7 @@ def _build_benchmark_table(rows: Rows, point: str, metric: str) -> str:
             cell = _build_score_cell(row)
             if row is not None and row.comparison is not None:
                 change = _build_difference_cell(row)
-                cell = Cell(f'{cell.html}<span class="change {row.verdict}">{change.html}</span>', "num")
+                cell = Cell(f'{cell.html}<span class="change {row.verdict}">Δ {change.html}</span>', "num")
             cells.append(cell)
         body.append(cells)
     return build_table(["benchmark", *(f">{arm.label}" for arm in arms)], body)
@@ -316,8 +323,8 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
         x_names=rows.points,
         how_to_read=(
             f"Each line follows one arm from base model to RL; bars are 95 % intervals over {basis} of the score. "
-            "Scores of two arms move together from seed to seed, so overlapping bars do not mean that there is no "
-            "difference: that is what the paired differences below are for."
+            f"Scores of two arms move together from one of the {basis} to the next, so bars may overlap although the "
+            "arms differ: that is what the paired differences below are for."
         ),
     )
 

@@ -119,9 +119,9 @@ def format_memory(megabytes: float | None) -> str:
 
 
 def compute_core_seconds(node: Node) -> float | None:
-    """Seconds times threads: an upper bound of the processor time that the stage used."""
+    """Seconds times threads: an upper bound of the processor time; None if the threads are not known (0: all)."""
     manifest = node.manifest
-    if manifest is None or manifest.seconds is None or manifest.threads is None:
+    if manifest is None or manifest.seconds is None or not manifest.threads:
         return None
     return manifest.seconds * manifest.threads
 

@@ -72,8 +72,7 @@ class DecodeCache:
     def __init__(self, shape: CacheShape, num_slots: int, length: int, dtype: torch.dtype, device: torch.device):
         self.shape, self.length, self.dtype, self.device = shape, length, dtype, device
         heads, width = shape.num_key_heads, shape.head_width
-        # Zeros, not empty memory: what lies behind a row's end gets weight 0, and 0 times NaN would be NaN.
-        self.store = torch.zeros(shape.num_layers, 2, num_slots, heads, length, width, dtype=dtype, device=device)
+        self.store = _allocate((shape.num_layers, 2, num_slots, heads, length, width), dtype, device)
         self._heads_J = torch.arange(heads, device=device)
         self._write_at = torch.empty(0, dtype=torch.int64, device=device)
         self._positions_R = torch.empty(0, dtype=torch.int64, device=device)
@@ -138,8 +137,8 @@ class DecodeCache:
             for part, rows_JTD in enumerate(captured):
                 if rows_JTD.shape[::2] != (shape.num_key_heads, shape.head_width):
                     raise ModelError(
-                        f"layer {layer} has {rows_JTD.shape[0]} key heads of width {rows_JTD.shape[2]}, config says "
-                        f"{shape.num_key_heads} of width {shape.head_width}; the generator needs these in all layers"
+                        f"layer {layer} has {rows_JTD.shape[0]} key heads of width {rows_JTD.shape[2]}, the config "
+                        f"says {shape.num_key_heads} of {shape.head_width}; the generator needs the same in all layers"
                     )
                 rows = rows_JTD.index_select(1, source).reshape(-1, shape.head_width).to(self.dtype)
                 self.store[layer, part].view(-1, shape.head_width).index_copy_(0, target, rows)
@@ -148,6 +147,14 @@ class DecodeCache:
         """Copy the first `length` positions of some slots to other slots (none is both)."""
         source, target = torch.from_numpy(sources).to(self.device), torch.from_numpy(targets).to(self.device)
         self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
+
+
+def _allocate(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not empty memory: what lies behind a row's end gets weight 0, and 0 times NaN would be NaN."""
+    if device.type == "cpu" and dtype == torch.float32:
+        # Unlike torch.zeros, numpy touches no page before its first use: most rows end long before their limit.
+        return torch.from_numpy(np.zeros(size, dtype=np.float32))
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 def compute_ranges(starts: Array, lengths: Array) -> tuple[Array, Array]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from polm.data.examples import build_conversation_trees, build_document_trees, build_preference_trees
+from polm.data.examples import Ledger, build_conversation_trees, build_document_trees, build_preference_trees
 from polm.data.readers import read_conversations, read_documents, read_preferences
+from polm.engine.annotate import annotate_trees
 from polm.engine.device import use_bf16
 from polm.recipe import AnnotateSettings
 from polm.stages.common import (
@@ -18,8 +19,6 @@ from polm.stages.common import (
     save_annotation,
     start_stage,
 )
-from polm.data.examples import Ledger
-from polm.engine.annotate import annotate_trees
 from polm.tokens import Tree
 
 
@@ -67,6 +66,10 @@ def _build_trees(settings: AnnotateSettings, context: Context, model: Base, ledg
 
 
 STAGE = Stage(
-    "annotate", "produce", AnnotateSettings, run, inputs=("model", "data"),
+    "annotate",
+    "produce",
+    AnnotateSettings,
+    run,
+    inputs=("model", "data"),
     summary="log-probabilities of a frozen model over a data set",
 )

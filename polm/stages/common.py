@@ -208,7 +208,9 @@ def reference_scores(
         return load_annotation(Path(source), base.tokenizer, trees, top_k)
     reference = load_base(source)
     require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
-    return cached_annotation(context.workdir / f"scores-{role}", reference, trees, context, top_k, bin_tokens, precision)
+    return cached_annotation(
+        context.workdir / f"scores-{role}", reference, trees, context, top_k, bin_tokens, precision
+    )
 
 
 def cached_annotation(
@@ -262,9 +264,7 @@ def save_annotation(folder: Path, annotation: Annotation, fingerprint: Mapping[s
     temporary.replace(folder / "fingerprint.json")
 
 
-def load_annotation(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], top_k: int
-) -> Annotation:
+def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], top_k: int) -> Annotation:
     """Read scores; UserError where they belong to another tokenizer or other data, or lack the top-k."""
     found = json.loads((folder / "fingerprint.json").read_text())
     checks = {"tokenizer": fingerprint_tokenizer(tokenizer), "data": fingerprint_trees(trees)}
@@ -276,7 +276,8 @@ def load_annotation(
             )
     if top_k and found["top_k"] < top_k:
         raise UserError(
-            f"the scores in {folder} keep the top {found['top_k']} tokens, {top_k} are needed; annotate with top_k={top_k}"
+            f"the scores in {folder} keep the top {found['top_k']} tokens, {top_k} are needed; "
+            f"annotate with top_k={top_k}"
         )
     arrays = load_file(folder / "scores.safetensors")
     ids, values = arrays.get("top_ids"), arrays.get("top_logprobs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from polm.errors import DataError
 from polm.recipe import DataStage, DemoData, FolderData, WordProblemsData
 from polm.stages.common import Context, Stage, StageResult
 
-READERS = {
+READERS: dict[str, Callable[[Path], Sequence[object]]] = {
     "pretrain.jsonl": read_documents,
     "midtrain.jsonl": read_documents,
     "sft.jsonl": read_conversations,

@@ -47,6 +47,11 @@ def run(settings: DPOSettings, context: Context) -> StageResult:
 
 
 STAGE = Stage(
-    "dpo", "train", DPOSettings, run, inputs=("base", "data"), optional_inputs=("reference",),
+    "dpo",
+    "train",
+    DPOSettings,
+    run,
+    inputs=("base", "data"),
+    optional_inputs=("reference",),
     summary="direct preference optimisation",
 )

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from polm.data.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark, read_benchmark_folder
-from polm.errors import DataError
-from polm.evals.run import evaluate, summarise
 from polm.data.readers import write_jsonl
 from polm.engine.device import use_bf16
+from polm.errors import DataError
+from polm.evals.run import evaluate, summarise
 from polm.recipe import EvalSettings
 from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
 
@@ -33,8 +33,10 @@ def run(settings: EvalSettings, context: Context) -> StageResult:
     temporary.write_text(json.dumps(results, indent=2) + "\n")
     temporary.replace(context.workdir / "results.json")
     mean = {f"mean/{name}": value for name, value in results["mean"].items()}
-    statuses = {f"greedy_{status}": sum(r["greedy_status"] == status for r in rows) for status in
-                ("right", "wrong", "unparsed", "timeout", "error")}
+    statuses = {
+        f"greedy_{status}": sum(r["greedy_status"] == status for r in rows)
+        for status in ("right", "wrong", "unparsed", "timeout", "error")
+    }
     return StageResult(mean, {"items": len(rows), **statuses})
 
 

@@ -36,7 +36,7 @@ from polm.stages.common import (
     start_stage,
     train,
 )
-from polm.text.chat import render_prompt
+from polm.text.chat import render_prompt, stop_token_ids
 from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
 
 
@@ -98,7 +98,7 @@ class RolloutSource:
             top_k=s.top_k,
             num_samples=s.samples,
             seed=(s.seed << 24) + rollout,
-            stop_token_ids=(int(self.base.tokenizer.eos_token_id),),
+            stop_token_ids=stop_token_ids(self.base.tokenizer),
         )
         bf16 = use_bf16(s.precision, model.device.type)
         return generate(model, self.base.tokenizer, [self.encoded[i] for i in chosen], params, bf16=bf16)
@@ -152,7 +152,9 @@ def compute_advantages(
     advantages = np.zeros(len(completions), dtype=np.float32)
     if judged.any():
         values = compute_group_advantages(
-            torch.from_numpy(rewards[judged]), torch.from_numpy(groups[judged]), scale=scale  # type: ignore[arg-type]
+            torch.from_numpy(rewards[judged]),
+            torch.from_numpy(groups[judged]),
+            scale=scale,  # type: ignore[arg-type]
         )
         advantages[judged] = values.numpy()
     assert groups.max() < num_groups
@@ -185,9 +187,7 @@ def build_rollout_trees(
     return trees
 
 
-def summarise(
-    completions: Sequence[Completion], verdicts: Sequence[Verdict], advantages: Array
-) -> dict[str, float]:
+def summarise(completions: Sequence[Completion], verdicts: Sequence[Verdict], advantages: Array) -> dict[str, float]:
     """What a rollout looked like."""
     num = len(completions)
     statuses = Counter(v.status for v in verdicts)
@@ -248,6 +248,11 @@ def resume_point(context: Context) -> int:
 
 
 STAGE = Stage(
-    "grpo", "train", GRPOSettings, run, inputs=("base", "data"), optional_inputs=("reference",),
+    "grpo",
+    "train",
+    GRPOSettings,
+    run,
+    inputs=("base", "data"),
+    optional_inputs=("reference",),
     summary="reinforcement learning with verifiable rewards",
 )

@@ -88,6 +88,11 @@ def _with_scores(settings: MidtrainSettings, context: Context, base: Base, trees
 
 
 STAGE = Stage(
-    "midtrain", "train", MidtrainSettings, run, inputs=("base", "data"), optional_inputs=("reference",),
+    "midtrain",
+    "train",
+    MidtrainSettings,
+    run,
+    inputs=("base", "data"),
+    optional_inputs=("reference",),
     summary="anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, shuffled)",
 )

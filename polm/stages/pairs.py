@@ -15,7 +15,7 @@ from polm.recipe import PairsSettings
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
 from polm.rollout.generate import Completion, SamplingParams, generate
 from polm.stages.common import Context, Stage, StageResult, input_file, load_base, start_stage
-from polm.text.chat import render_prompt
+from polm.text.chat import render_prompt, stop_token_ids
 
 
 def run(settings: PairsSettings, context: Context) -> StageResult:
@@ -34,14 +34,14 @@ def run(settings: PairsSettings, context: Context) -> StageResult:
             temperature=settings.temperature,
             num_samples=settings.samples,
             seed=settings.seed,
-            stop_token_ids=(int(base.tokenizer.eos_token_id),),
+            stop_token_ids=stop_token_ids(base.tokenizer),
         ),
         bf16=use_bf16(settings.precision, base.model.device.type),
         progress=lambda done, total: context.report({"update": done, "num_updates": total}),
     )
     verdicts = judge([(chosen[c.prompt_index], c.text) for c in completions], settings.time_limit)
     rows = build_pairs(chosen, completions, verdicts, settings.pairs_per_prompt, settings.seed)
-    ledger = Counter(v.status for v in verdicts)
+    ledger: Counter[str] = Counter(v.status for v in verdicts)
     if not rows:
         raise DataError(
             f"no preference pair: among {len(completions)} samples of {len(chosen)} prompts no prompt had a right and "
@@ -54,9 +54,7 @@ def run(settings: PairsSettings, context: Context) -> StageResult:
 
 def judge(answers: Sequence[tuple[Prompt, str]], time_limit: float) -> list[Verdict]:
     """The verdict on each (prompt, answer)."""
-    return verify_many(
-        [VerifyItem(p.verifier, text, p.answer, p.numbers) for p, text in answers], seconds=time_limit
-    )
+    return verify_many([VerifyItem(p.verifier, text, p.answer, p.numbers) for p, text in answers], seconds=time_limit)
 
 
 def build_pairs(
@@ -81,6 +79,10 @@ def build_pairs(
 
 
 STAGE = Stage(
-    "pairs", "produce", PairsSettings, run, inputs=("base", "data"),
+    "pairs",
+    "produce",
+    PairsSettings,
+    run,
+    inputs=("base", "data"),
     summary="preference pairs from a model's own samples",
 )

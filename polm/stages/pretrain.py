@@ -62,6 +62,11 @@ def model_folder_of_tokenizer(source: str) -> str:
 
 
 STAGE = Stage(
-    "pretrain", "train", PretrainSettings, run, inputs=("data",), optional_inputs=("tokenizer", "base"),
+    "pretrain",
+    "train",
+    PretrainSettings,
+    run,
+    inputs=("data",),
+    optional_inputs=("tokenizer", "base"),
     summary="next-token prediction from random weights",
 )

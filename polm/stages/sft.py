@@ -16,12 +16,15 @@ from polm.stages.common import (
     start_stage,
     train_on_trees,
 )
+from polm.text.templates import apply_template
 
 
 def run(settings: SFTSettings, context: Context) -> StageResult:
     """Fine-tune `base` on sft.jsonl."""
     start_stage(settings, context)
     base = load_base(context.inputs["base"])
+    if settings.chat_template is not None:
+        apply_template(base.tokenizer, settings.chat_template)
     ledger = new_ledger()
     trees = build_conversation_trees(
         base.tokenizer,

@@ -56,6 +56,10 @@ _JOINTS = (
     (rf"(?<={_PUNCT})(?={_WORD})", f"{JOINER} "),
 )
 
+# What BPE merges within. Line breaks stay together whatever follows them, so that a prompt that ends with some is cut
+# into the same tokens as when an answer follows.
+_BPE_WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+
 
 def train_tokenizer(
     texts: Iterable[str],
@@ -230,9 +234,9 @@ def _train_bytes(
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     if lowercase:
         backend.normalizer = normalizers.Lowercase()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=merge)
-    digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if merge else byte_level
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(_BPE_WORDS), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level]) if merge else byte_level
     backend.decoder = decoders.ByteLevel()
     # Untrimmed offsets: a token covers its leading space, so that spans of characters map to tokens exactly.
     backend.post_processor = processors.ByteLevel(trim_offsets=False)

@@ -80,12 +80,14 @@ class RunBuilder:
                 "grad_norm": abs(self.random.gauss(0.6, 0.1)),
             }
             if name == "grpo":
-                line["reward/mean"] = min(1.0, 0.3 + 0.01 * update + self.random.gauss(0, 0.02))
-                line["policy/entropy"] = 0.8 / (1 + update / 20)
+                line["rl/reward"] = min(1.0, 0.3 + 0.01 * update + self.random.gauss(0, 0.02))
+                line["rl/entropy"] = 0.8 / (1 + update / 20)
+            if name == "midtrain":
+                line["ntp/nll"] = line["loss"] - (0.0005 * update if arm != "ntp" else 0.0)
             if name == "midtrain" and arm == "remit":
                 line["remit/clip_fraction"] = 0.1 + 0.002 * update
                 line["remit/mean_abs_delta"] = 0.3 + self.random.gauss(0, 0.02)
-                line["remit/weight_histogram"] = [0.02, 0.05, 0.1, 0.18, 0.3, 0.18, 0.1, 0.05, 0.02]
+                line["remit/weight_histogram"] = [0.0, 0.0, 0.12, 0.18, 0.2, 0.2, 0.18, 0.12, 0.0, 0.0]
             lines.append(json.dumps(line))
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -105,7 +107,7 @@ class RunBuilder:
                         "prompt": f"What is {index} plus {index}? {self.text}",
                         "answer": str(2 * index),
                         "greedy_text": f"{index} + {index} = {2 * index}. #### {2 * index - 1 + greedy} {self.text}",
-                        "greedy_status": "ok",
+                        "greedy_status": "right" if greedy else "wrong",
                         "greedy_correct": greedy,
                         "samples_correct": samples,
                         "samples_text": ["a"] * 8,

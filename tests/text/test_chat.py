@@ -17,7 +17,7 @@ from polm.text.templates import CONTROL_TOKENS, TEMPLATES, apply_template
 from polm.text.tokenizer import train_tokenizer
 
 WORDS = ["system", "user", "assistant", "model", "be", "kind", "hi", "hey", "you", "ok", "bye"]
-TEXTS = [" ".join([word, word]) for word in WORDS] * 9 + [f" {word}" for word in WORDS] * 9
+TEXTS = [" ".join([word, word]) for word in WORDS] * 9 + [f" {word}" for word in WORDS] * 9 + ["ok\n\nok"] * 9
 CHAT = [
     {"role": "system", "content": "be kind"},
     {"role": "user", "content": "hi"},
@@ -31,17 +31,17 @@ EXPECTED = {
     "chatml": "<|im_start|> system Ċ be Ġkind <|im_end|> Ċ <|im_start|> user Ċ hi <|im_end|> Ċ"
     " <|im_start|> assistant Ċ *hey *Ġyou *<|im_end|> Ċ <|im_start|> user Ċ ok <|im_end|> Ċ"
     " <|im_start|> assistant Ċ *bye *<|im_end|> Ċ",
-    "llama3": "<|begin_of_text|> <|start_header_id|> system <|end_header_id|> Ċ Ċ be Ġkind <|eot_id|>"
-    " <|start_header_id|> user <|end_header_id|> Ċ Ċ hi <|eot_id|>"
-    " <|start_header_id|> assistant <|end_header_id|> Ċ Ċ *hey *Ġyou *<|eot_id|>"
-    " <|start_header_id|> user <|end_header_id|> Ċ Ċ ok <|eot_id|>"
-    " <|start_header_id|> assistant <|end_header_id|> Ċ Ċ *bye *<|eot_id|>",
+    "llama3": "<|begin_of_text|> <|start_header_id|> system <|end_header_id|> ĊĊ be Ġkind <|eot_id|>"
+    " <|start_header_id|> user <|end_header_id|> ĊĊ hi <|eot_id|>"
+    " <|start_header_id|> assistant <|end_header_id|> ĊĊ *hey *Ġyou *<|eot_id|>"
+    " <|start_header_id|> user <|end_header_id|> ĊĊ ok <|eot_id|>"
+    " <|start_header_id|> assistant <|end_header_id|> ĊĊ *bye *<|eot_id|>",
     "olmo2": "<|endoftext|> <|system|> Ċ be Ġkind Ċ <|user|> Ċ hi Ċ <|assistant|> Ċ *hey *Ġyou *<|eos|> Ċ"
     " <|user|> Ċ ok Ċ <|assistant|> Ċ *bye *<|eos|>",
-    "gemma": "<bos> <start_of_turn> user Ċ be Ġkind Ċ Ċ hi <end_of_turn> Ċ"
+    "gemma": "<bos> <start_of_turn> user Ċ be Ġkind ĊĊ hi <end_of_turn> Ċ"
     " <start_of_turn> model Ċ *hey *Ġyou *<end_of_turn> Ċ <start_of_turn> user Ċ ok <end_of_turn> Ċ"
     " <start_of_turn> model Ċ *bye *<end_of_turn> Ċ",
-    "mistral": "<s> [INST] Ġbe Ġkind Ċ Ċ hi Ġ [/INST] *Ġhey *Ġyou *<|eos|> [INST] Ġok Ġ [/INST] *Ġbye *<|eos|>",
+    "mistral": "<s> [INST] Ġbe Ġkind ĊĊ hi Ġ [/INST] *Ġhey *Ġyou *<|eos|> [INST] Ġok Ġ [/INST] *Ġbye *<|eos|>",
 }
 END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 

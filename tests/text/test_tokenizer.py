@@ -52,6 +52,15 @@ def test_bpe_splits_digits_and_learns_words() -> None:
     assert tokens(tokenizer, "total 4747") == ["total", "Ġ", "4", "7", "4", "7"]
 
 
+def test_bpe_cuts_a_prompt_as_it_cuts_its_continuation() -> None:
+    tokenizer = train("bpe", ["a\n\nb: c?\n"] * 9)
+    assert "ĊĊ" in tokenizer.get_vocab()
+    for prompt in ("a\n\n", "a\n", "b:", "a?\n\n", "a", "a 4"):
+        head = tokenizer(prompt)["input_ids"]
+        for answer in ("b", "4", "?") if prompt.endswith("\n") else (" b", " 4", " ?"):
+            assert tokenizer(prompt + answer)["input_ids"][: len(head)] == head
+
+
 def test_byte_is_one_token_a_byte() -> None:
     tokenizer = train("byte", ["a"], vocab_size=261)
     assert len(tokenizer) == 261

@@ -1,0 +1,90 @@
+"""What each logged metric is measured in, and how to read its curve."""
+
+from __future__ import annotations
+
+# Columns of metrics.jsonl that count and are no measurement.
+COUNTERS = ("update", "num_updates", "tokens", "targets", "seconds", "eta_seconds")
+# Measurements that say how the machine and the optimizer did; they fold away.
+MACHINE = ("lr", "grad_norm", "tokens_per_second")
+# The likelihood that every arm of mid-training logs in the same way, whatever its objective.
+PLAIN_NLL = "ntp/nll"
+
+# (unit, how to read it) by name; a loss has its words by stage.
+WORDS = {
+    "lr": ("learning rate", "The learning rate of each update."),
+    "grad_norm": ("norm of the gradient", "The norm of the gradient before clipping. Spikes are unstable updates."),
+    "tokens_per_second": ("tokens per second", "Speed of training; it changes nothing in the result."),
+    PLAIN_NLL: (
+        "nats per token",
+        "The plain negative log-likelihood of the text that the stage reads, unweighted, so arms can be compared.",
+    ),
+    "remit/clip_fraction": (
+        "share of tokens",
+        "The share of tokens whose weight was clipped. Near one, the weights are all or nothing.",
+    ),
+    "remit/mean_abs_delta": (
+        "nats per token",
+        "How far reference and learner disagree. Near zero all weights are one: plain next-token prediction.",
+    ),
+    "remit/mean_weight": (
+        "token weight",
+        "The average weight. Below one the stage also takes smaller steps than next-token prediction.",
+    ),
+    "rho1/kept_fraction": ("share of tokens", "The share of tokens that the loss keeps."),
+    "rho1/kept_excess": ("nats per token", "How much better the reference predicts the kept tokens."),
+    "rho1/mean_excess": ("nats per token", "How much better the reference predicts all tokens."),
+    "distill/kl": ("nats per token", "How far the learner's distribution is from the reference's; it should fall."),
+    "distill/covered": (
+        "share of probability",
+        "How much of the reference's probability lies on the tokens that were kept; the rest is not distilled.",
+    ),
+    "rl/reward": (
+        "share of right answers",
+        "The share of sampled answers that the verifier calls right. A reward that rises while the benchmarks do not "
+        "is being gamed.",
+    ),
+    "rl/unparsed": ("share of answers", "Answers in which no result was found. They count as wrong."),
+    "rl/unjudged": ("share of answers", "Answers that the verifier gave up on. They should be none."),
+    "rl/length": ("tokens", "The average length of a sampled answer."),
+    "rl/cut_off": ("share of answers", "Answers that hit the length limit. Many of them mean that the limit is low."),
+    "rl/equal_groups": (
+        "share of prompts",
+        "Prompts whose answers were all right or all wrong. They teach nothing; near one, the step is empty.",
+    ),
+    "rl/entropy": ("nats per token", "How undecided the model is. A fall to zero: it always gives the same answer."),
+    "rl/kl": ("nats per token", "How far the model has moved from where it started."),
+    "rl/approx_kl": ("nats per token", "How far the model has moved from the one that wrote the samples."),
+    "rl/ratio_mean": ("ratio", "New over old probability of the sampled tokens; near one the samples are on policy."),
+    "rl/clip_low_fraction": ("share of tokens", "Wrong-answer tokens past the lower clipping bound: no gradient."),
+    "rl/clip_high_fraction": ("share of tokens", "Right-answer tokens past the upper clipping bound: no gradient."),
+    "rl/sampler_gap": (
+        "nats per token",
+        "How far the generator's log-probabilities are from the trainer's. It should be next to nothing.",
+    ),
+    "rl/sampler_gap_max": ("nats", "The largest gap of a single token between generator and trainer."),
+    "dpo/accuracy": ("share of pairs", "Pairs in which the model favours the chosen answer more than it did before."),
+    "dpo/margin": ("beta x nats", "How much more the chosen answer has gained than the rejected one."),
+    "dpo/chosen_logprob": ("nats per answer", "Log-probability of the chosen answers; a long fall is a bad sign."),
+    "dpo/rejected_logprob": ("nats per answer", "Log-probability of the rejected answers."),
+    "dpo/chosen_reward": ("beta x nats", "What the chosen answers have gained over the starting model."),
+    "dpo/rejected_reward": ("beta x nats", "What the rejected answers have gained over the starting model."),
+}
+
+LOSS_WORDS = {
+    "pretrain": ("nats per token", "The loss that the stage minimises; it should fall and level off."),
+    "sft": ("nats per token", "The loss on the assistant's tokens; it should fall and level off."),
+    "midtrain": (
+        "nats per token",
+        "The loss that each arm minimises. Arms weight, select or distil tokens, so their losses are not on one scale: "
+        f"compare {PLAIN_NLL} instead.",
+    ),
+    "grpo": ("loss", "The loss of the policy gradient. It hovers around zero and says little; the reward counts."),
+    "dpo": ("loss", "The preference loss. It starts at ln 2 = 0.693, where the model prefers neither answer."),
+}
+
+
+def describe_metric_words(step: str, name: str) -> tuple[str, str]:
+    """Unit and reading of metric `name` in the stage `step`; plain words for a metric that is not known here."""
+    if name == "loss":
+        return LOSS_WORDS.get(step, ("loss", "The loss that the stage minimises."))
+    return WORDS.get(name, (name.rsplit("/", 1)[-1].replace("_", " "), "One line an arm, as the stage logged it."))

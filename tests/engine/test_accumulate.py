@@ -1,0 +1,97 @@
+"""Sums are local and the division is global: how documents are packed and split never changes an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from polm.engine.fit import accumulate
+from polm.objectives.ntp import build_ntp
+from polm.objectives.remit import build_remit
+from polm.tokens import Loss, Metric, Objective, Scores, TokenBatch, Tree, build_document, collate
+
+LENGTHS = (3, 17, 5, 11, 2, 23, 8, 13)
+
+
+def build_trees() -> list[Tree]:
+    """Eight documents of unequal length, with a reference's scores beside their tokens."""
+    rng = np.random.default_rng(0)
+    return [
+        build_document(
+            rng.integers(2, 40, length), {"ref_logprobs": rng.uniform(-5.0, -0.1, length).astype(np.float32)}
+        )
+        for length in LENGTHS
+    ]
+
+
+def run_update(
+    model: PreTrainedModel, batches: list[TokenBatch], objective: Objective
+) -> tuple[float, dict[str, Tensor], dict[str, float]]:
+    model.zero_grad(set_to_none=True)
+    loss, metrics = accumulate(model, batches, objective, 1.0, False)
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, metrics
+
+
+REMIT = build_remit(eps=0.8, temperature=1.0, centring="sequence", base="live", denominator="tokens", shuffled=False)
+
+
+@pytest.mark.parametrize("objective", [build_ntp(), REMIT], ids=lambda o: o.name)
+def test_the_split_does_not_change_the_update(
+    build_tiny: Callable[..., PreTrainedModel], objective: Objective
+) -> None:
+    model = build_tiny()
+    trees = build_trees()
+    splits = {
+        "eight micro-batches of one": [collate([tree]) for tree in trees],
+        "two of four": [collate(trees[:4]), collate(trees[4:])],
+        "four of two": [collate(trees[i : i + 2]) for i in range(0, 8, 2)],
+        "unequal": [collate(trees[:1]), collate(trees[1:])],
+    }
+    whole_loss, whole_grads, whole_metrics = run_update(model, [collate(trees)], objective)
+    assert whole_loss > 1.0
+    for name, batches in splits.items():
+        loss, grads, metrics = run_update(model, batches, objective)
+        assert loss == pytest.approx(whole_loss, rel=1e-6), name
+        assert metrics["ntp/nll"] == pytest.approx(whole_metrics["ntp/nll"], rel=1e-6), name
+        assert grads.keys() == whole_grads.keys()
+        for key, grad in grads.items():
+            torch.testing.assert_close(grad, whole_grads[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: k + m)
+
+
+def test_packing_equals_each_document_alone(build_tiny: Callable[..., PreTrainedModel]) -> None:
+    """The loss and the gradient of the packed stream, against plain forward passes of the documents."""
+    model = build_tiny()
+    trees = build_trees()
+    loss, grads, _ = run_update(model, [collate(trees)], build_ntp())
+    model.set_attn_implementation("sdpa")
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros(())
+    for tree in trees:
+        ids = torch.tensor(tree[0].tokens)[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    expected = total / (sum(LENGTHS) - len(LENGTHS))
+    expected.backward()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_metrics_are_means_over_the_whole_update(build_tiny: Callable[..., PreTrainedModel]) -> None:
+    """By hand: (2 + 6) / (1 + 3) = 2 and ([1, 0] + [2, 4]) / (1 + 1) = [1.5, 2]."""
+    values = iter([(2.0, 1.0, [1.0, 0.0]), (6.0, 3.0, [2.0, 4.0])])
+
+    def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        top, bottom, histogram = next(values)
+        metrics = {"a/mean": Metric(torch.tensor(top), bottom), "a/histogram": Metric(torch.tensor(histogram), 1.0)}
+        return Loss(scores.logprobs_N.sum() * 0.0 + top, torch.tensor(bottom), metrics)
+
+    batches = [collate(build_trees()[:1]), collate(build_trees()[1:2])]
+    loss, metrics = accumulate(build_tiny(), batches, Objective("made up", compute), 1.0, False)
+    assert loss == 2.0
+    assert metrics == {"a/mean": 2.0, "a/histogram": [1.5, 2.0]}

@@ -1,0 +1,365 @@
+"""The generator against plain loops without a cache, against `transformers`, and against the engine's scores."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from polm.engine.score import score
+from polm.errors import NonFiniteError, UserError
+from polm.models.loading import prepare_model
+from polm.rollout import generate as module
+from polm.rollout.generate import Completion, SamplingParams, generate
+from polm.tokens import build_completions, collate
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "mistral": {"sliding_window": 5},
+}
+EOS = 1
+
+
+def build(family: str, **changes: Any) -> PreTrainedModel:
+    """Random weights, larger than usual, so that the distributions are far from flat."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return prepare_model(build("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def words() -> PreTrainedTokenizerFast:
+    """97 words, decoded with spaces between them."""
+    vocab = {f"w{i}" if i != EOS else "<eos>": i for i in range(97)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, "w0")), eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def byte_tokens() -> PreTrainedTokenizerFast:
+    """An end-of-text token and 96 bytes: printable ASCII up to |, and the two bytes of "é"."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    chosen = [c for c in letters if "!" <= c <= "|"] + ["Ġ", "Ã", "©"]
+    vocab = {token: i for i, token in enumerate(["<s>", "<eos>", *chosen])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<s>")
+
+
+def draw_prompts(lengths: list[int], seed: int = 1) -> list[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 97, n) for n in lengths]
+
+
+def token_lists(completions: list[Completion]) -> list[list[int]]:
+    return [completion.tokens.tolist() for completion in completions]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_a_loop_without_cache_and_transformers(family: str, words: PreTrainedTokenizerFast) -> None:
+    plain = build(family).eval()
+    plain.set_attn_implementation("sdpa")
+    plain.generation_config.eos_token_id = None
+    model = prepare_model(copy.deepcopy(plain), family)
+    prompts = draw_prompts([9, 3, 14, 1])
+    params = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
+    found = token_lists(generate(model, words, prompts, params, max_rows=3))
+
+    for prompt, tokens in zip(prompts, found, strict=True):
+        path = torch.from_numpy(prompt)[None]
+        with torch.no_grad():
+            theirs = plain.generate(path, attention_mask=torch.ones_like(path), do_sample=False, max_new_tokens=12)
+            for _ in range(12):
+                path = torch.cat([path, plain(input_ids=path, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        assert tokens == path[0, len(prompt) :].tolist()
+        assert tokens == theirs[0, len(prompt) :].tolist()
+    assert len({token for tokens in found for token in tokens}) > 3
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_those_that_the_engine_computes(
+    family: str, temperature: float, words: PreTrainedTokenizerFast
+) -> None:
+    """The trainer's log-probabilities of sampled tokens are the sampler's: top-k and top-p do not enter."""
+    model = prepare_model(build(family), family)
+    prompts = draw_prompts([7, 4, 10])
+    params = SamplingParams(max_new_tokens=11, temperature=temperature, top_k=40, top_p=0.9, num_samples=3, seed=5)
+    completions = generate(model, words, prompts, params, max_rows=4)
+    trees = [
+        build_completions(prompt, [c.tokens for c in completions if c.prompt_index == index])
+        for index, prompt in enumerate(prompts)
+    ]
+    with torch.no_grad():
+        expected = score(model, collate(trees), temperature=temperature or 1.0).logprobs_N
+    found = np.concatenate([c.logprobs for c in completions])
+    assert found.dtype == np.float32
+    assert np.abs(found - expected.numpy()).max() < 1e-5
+    assert found.min() < -1  # not a comparison of zeros
+
+
+def test_bf16_stays_near_the_engine_in_bf16(llama: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    prompt = draw_prompts([8])[0]
+    completions = generate(llama, words, [prompt], SamplingParams(max_new_tokens=10, num_samples=4), bf16=True)
+    with torch.no_grad():
+        batch = collate([build_completions(prompt, [c.tokens for c in completions])])
+        expected = score(llama, batch, bf16=True).logprobs_N
+    gap = np.abs(np.concatenate([c.logprobs for c in completions]) - expected.numpy())
+    assert gap.mean() < 0.02
+    assert gap.max() < 0.1
+
+
+def test_the_layout_does_not_change_the_result(llama: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    """Rows end at different times (12 stop tokens of 97), leave gaps and are refilled."""
+    prompts = draw_prompts([5, 12, 3, 8, 3, 20, 1])
+    prompts.append(prompts[1])  # the same prompt again is another request
+
+    def run(seed: int, **limits: Any) -> list[Completion]:
+        params = SamplingParams(max_new_tokens=24, num_samples=3, seed=seed, stop_token_ids=tuple(range(10, 22)))
+        return generate(llama, words, prompts, params, **limits)
+
+    whole = run(0)
+    expected = token_lists(whole)
+    lengths = [len(tokens) for tokens in expected]
+    assert len(set(lengths)) > 6
+    assert 24 in lengths
+    assert min(lengths) < 6
+    assert [(c.prompt_index, c.sample_index) for c in whole] == [(i, j) for i in range(8) for j in range(3)]
+    for max_rows in (1, 2, 5, 9):
+        assert token_lists(run(0, max_rows=max_rows)) == expected, max_rows
+    row_bytes = 2 * 3 * 2 * 8 * 4 * (20 + 24 - 1)
+    assert token_lists(run(0, max_cache_bytes=4 * row_bytes)) == expected
+    assert token_lists(run(0, max_cache_bytes=1)) == expected  # one row at least
+    assert token_lists(run(1)) != expected
+    assert expected[3:6] != expected[21:24]
+    assert expected[0] != expected[1]
+
+
+def test_a_prompt_is_read_once(
+    llama: PreTrainedModel, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when its samples do not fit into one refill, and when the prefill is cut into several streams."""
+    read: list[list[int]] = []
+    rows: list[int] = []
+    plain_prefill, plain_decoder = module.prefill, module.run_decoder
+
+    def counting_prefill(model: PreTrainedModel, prompts: Any, first_group: int) -> Any:
+        read.append([len(prompt) for prompt in prompts])
+        return plain_prefill(model, prompts, first_group)
+
+    def counting_decoder(model: PreTrainedModel, tokens_T: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(tokens_T))
+        return plain_decoder(model, tokens_T, *rest)
+
+    monkeypatch.setattr(module, "prefill", counting_prefill)
+    monkeypatch.setattr(module, "run_decoder", counting_decoder)
+    prompts = draw_prompts([6, 9, 4, 7])
+    prompts.append(prompts[0])
+    params = SamplingParams(max_new_tokens=4, num_samples=5, ignore_eos=True)
+    expected = token_lists(generate(llama, words, prompts, params))
+    assert read == [[6, 9, 4, 7]]
+    assert rows == [26, 25, 25, 25]  # one forward over the prompts, then a token of each row
+
+    read.clear()
+    assert token_lists(generate(llama, words, prompts, params, max_rows=3)) == expected
+    assert sorted(length for lengths in read for length in lengths) == [4, 6, 7, 9]
+
+    read.clear()
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 13)
+    assert token_lists(generate(llama, words, prompts, params)) == expected
+    assert read == [[6], [9, 4], [7]]
+
+
+def test_finished_rows_leave_the_batch_at_once(
+    llama: PreTrainedModel, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    plain = module.run_decoder
+
+    def counting(model: PreTrainedModel, tokens_T: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(tokens_T))
+        return plain(model, tokens_T, *rest)
+
+    monkeypatch.setattr(module, "run_decoder", counting)
+    params = SamplingParams(max_new_tokens=20, num_samples=9, stop_token_ids=tuple(range(10, 22)))
+    completions = generate(llama, words, draw_prompts([5]), params)
+    lengths = [len(c.tokens) for c in completions]
+    assert rows[1:] == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+
+
+def test_top_k_1_and_a_tiny_nucleus_are_greedy(llama: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    prompts = draw_prompts([5, 9])
+    greedy, top_k, top_p = (
+        token_lists(generate(llama, words, prompts, SamplingParams(max_new_tokens=15, seed=3, **choice)))
+        for choice in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6})
+    )
+    assert greedy == top_k == top_p
+
+
+def test_frequencies_match_the_probabilities(words: PreTrainedTokenizerFast) -> None:
+    """First and second token of 3000 samples; chi-square over 8 cells: 24.3 has probability 0.001."""
+    model = prepare_model(build("llama", vocab_size=8), "llama")
+    prompt = np.array([3, 5, 2])
+    params = SamplingParams(max_new_tokens=2, temperature=0.5, num_samples=3000, seed=11, ignore_eos=True)
+    drawn = np.array(token_lists(generate(model, words, [prompt], params, max_rows=1000)))
+
+    likeliest = int(np.bincount(drawn[:, 0]).argmax())
+    after = drawn[drawn[:, 0] == likeliest, 1]
+    assert len(after) > 400
+    for path, tokens in ((prompt, drawn[:, 0]), (np.append(prompt, likeliest), after)):
+        batch = collate([build_completions(path, [np.array([token]) for token in range(8)])])
+        with torch.no_grad():
+            expected = score(model, batch, temperature=0.5).logprobs_N.exp().numpy() * len(tokens)
+        assert expected.max() > 2 * expected.min()
+        assert ((np.bincount(tokens, minlength=8) - expected) ** 2 / expected).sum() < 24.3
+
+
+def test_stop_strings_that_span_tokens(llama: PreTrainedModel, byte_tokens: PreTrainedTokenizerFast) -> None:
+    """Each completion ends with the very token that completes a stop string in its text."""
+    prompts = draw_prompts([4, 6])
+    free = SamplingParams(max_new_tokens=40, num_samples=4, seed=2, ignore_eos=True)
+    whole = generate(llama, byte_tokens, prompts, free)
+    assert all(c.finish == "length" and len(c.tokens) == 40 for c in whole)
+    stop = (whole[0].text[7:10], whole[5].text[20:25], whole[6].text[11], "never in it")
+    params = SamplingParams(max_new_tokens=40, num_samples=4, seed=2, ignore_eos=True, stop=stop)
+    cut = generate(llama, byte_tokens, prompts, params, max_rows=3)
+    for before, after in zip(whole, cut, strict=True):
+        ends = [before.text.find(s) for s in stop if s in before.text]
+        if not ends:
+            assert after.tokens.tolist() == before.tokens.tolist()
+            assert (after.finish, after.text) == ("length", before.text)
+            continue
+        size = next(
+            n for n in range(1, 41) if any(s in byte_tokens.decode(before.tokens[:n].tolist(), True) for s in stop)
+        )
+        assert after.tokens.tolist() == before.tokens[:size].tolist()
+        assert after.logprobs.tolist() == pytest.approx(before.logprobs[:size].tolist(), abs=1e-5)
+        assert after.finish == "stop"
+        assert before.text.startswith(after.text)
+        assert not any(s in after.text for s in stop)
+    assert [c.finish for c in cut].count("stop") >= 3
+
+
+def find_stop(tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], tokens: list[int]) -> int:
+    """The length of the first prefix of `tokens` in which a stop string is found."""
+    search = module._StopStrings(tokenizer, stop)
+    rows = np.tile(np.array(tokens), (len(tokens), 1))
+    return int(search.find(rows, np.arange(1, len(tokens) + 1))[0]) + 1
+
+
+def test_stop_strings_of_split_characters_specials_and_spaces(
+    byte_tokens: PreTrainedTokenizerFast, words: PreTrainedTokenizerFast
+) -> None:
+    ids = byte_tokens.convert_tokens_to_ids
+    a, space, first, second, bos = ids("a"), ids("Ġ"), ids("Ã"), ids("©"), ids("<s>")
+    assert find_stop(byte_tokens, ("é",), [a, first, second, a]) == 3
+    assert find_stop(byte_tokens, ("aé a",), [a, first, second, space, a]) == 5
+    assert find_stop(byte_tokens, ("aa",), [a, bos, bos, bos, bos, bos, bos, a]) == 8
+    assert find_stop(byte_tokens, ("a ", "zz"), [a, space, first, second]) == 2
+    # The decoder puts the space before the second word once there is one.
+    assert find_stop(words, ("w5 ",), [5, 6]) == 2
+    assert find_stop(words, ("w5 w6",), [6, 5, EOS, 6]) == 4
+
+
+def test_stop_tokens_and_lengths(llama: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    prompt = draw_prompts([5])
+    free = generate(llama, words, prompt, SamplingParams(max_new_tokens=9, seed=1, ignore_eos=True))[0]
+    assert (free.finish, len(free.tokens)) == ("length", 9)
+    assert free.text == " ".join(f"w{token}" for token in free.tokens if token != EOS)
+
+    third = int(free.tokens[2])
+    assert third not in free.tokens[:2]
+    params = SamplingParams(max_new_tokens=9, seed=1, stop_token_ids=(third,))
+    stopped = generate(llama, words, prompt, params)[0]
+    assert stopped.tokens.tolist() == free.tokens[:3].tolist()
+    assert stopped.finish == "stop"
+    assert stopped.text == " ".join(f"w{token}" for token in free.tokens[:2])
+    # The tokenizer's own end-of-text token needs no mention.
+    own = copy.deepcopy(words)
+    own.eos_token = f"w{third}"
+    assert generate(llama, own, prompt, SamplingParams(max_new_tokens=9, seed=1))[0].finish == "stop"
+    # An end on the last token that is allowed is a stop.
+    params = SamplingParams(max_new_tokens=3, seed=1, stop_token_ids=(third,))
+    assert generate(llama, words, prompt, params)[0].finish == "stop"
+    # 64 positions: a prompt of 60 has room for 4.
+    near_end = generate(llama, words, draw_prompts([60, 63]), SamplingParams(max_new_tokens=9, ignore_eos=True))
+    assert [(len(c.tokens), c.finish) for c in near_end] == [(4, "length"), (1, "length")]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_model_is_left_as_it_was(words: PreTrainedTokenizerFast, bf16: bool) -> None:
+    model = prepare_model(build("qwen3"), "qwen3")
+    model.model.layers[0].eval()
+    model.model.layers[1].requires_grad_(False)
+    modes = [part.training for part in model.modules()]
+    needs = [parameter.requires_grad for parameter in model.parameters()]
+    calls: list[tuple[int, int]] = []
+    params = SamplingParams(max_new_tokens=3, num_samples=2, ignore_eos=True)
+    generate(
+        model, words, draw_prompts([3, 4]), params, bf16=bf16, max_rows=2, progress=lambda *done: calls.append(done)
+    )
+    assert [part.training for part in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == needs
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert calls == [(2, 4), (4, 4)]
+    assert generate(model, words, [], params) == []
+
+
+def test_users_mistakes_are_named(llama: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    params = SamplingParams(max_new_tokens=2)
+    for prompts, message in (
+        ([[5], []], "prompt 1 is empty"),
+        ([[5], [5] * 64], r"prompt 1 has 64 tokens.*64 positions.*shorten the prompt"),
+        ([[5, 97]], "prompt 0 has token id 97, the model has ids 0 to 96"),
+        ([[-1]], "token id -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(llama, words, prompts, params)
+    with pytest.raises(UserError, match="max_rows is 0"):
+        generate(llama, words, [[5]], params, max_rows=0)
+    with pytest.raises(UserError, match="stop token 200"):
+        generate(llama, words, [[5]], SamplingParams(max_new_tokens=2, stop_token_ids=(200,)))
+    wrong: dict[str, Any] = {
+        "max_new_tokens": 0,
+        "temperature": float("nan"),
+        "top_p": 0.0,
+        "top_k": -1,
+        "stop": ("a", ""),
+        "num_samples": 0,
+        "seed": -1,
+    }
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=f"sampling: {name} is"):
+            SamplingParams(**{"max_new_tokens": 1, name: value})
+    broken = copy.deepcopy(llama)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"2 of 2 rows"):
+        generate(broken, words, [[5], [6]], params)
