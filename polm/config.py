@@ -61,16 +61,21 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: expected a mapping of settings, found {type(values).__name__}")
     lines: dict[tuple[str, ...], int] = {}
-    _collect_lines(node, (), lines)
+    _collect_lines(node, (), lines, file)
     return values, lines
 
 
-def _collect_lines(node: yaml.Node | None, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+def _collect_lines(
+    node: yaml.Node | None, path: tuple[str, ...], lines: dict[tuple[str, ...], int], file: Path
+) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
-            lines[here] = key.start_mark.line + 1
-            _collect_lines(value, here, lines)
+            line = key.start_mark.line + 1
+            if here in lines:  # YAML itself would silently take the last one
+                raise RecipeError(f"{file}:{line}: {'.'.join(here)!r} is given twice (first in line {lines[here]})")
+            lines[here] = line
+            _collect_lines(value, here, lines, file)
 
 
 def list_shipped() -> list[str]:

@@ -14,10 +14,12 @@ from pydantic import Field, model_validator
 from polm.config import Settings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
 
 
@@ -28,7 +30,7 @@ class DemoData(Settings):
     """The embedded default: ten generated tasks, generated prose, corrupted solutions."""
 
     source: Literal["demo"] = "demo"
-    seed: Number = 0
+    seed: Seed = 0
     num_pretrain_docs: Count = 30_000
     num_midtrain_docs: Count = 8_000
     num_sft: Count = 1_400
@@ -47,7 +49,7 @@ class WordProblemsData(Settings):
 
     source: Literal["word_problems"]
     path: Path = Field(description="folder that holds gsm8k/ and word_problems/")
-    seed: Number = 0
+    seed: Seed = 0
     holdout_share: Share = 0.2
 
 
@@ -106,8 +108,8 @@ class OptimizerSettings(Settings):
     embedding_learning_rate: Positive | None = Field(
         None, description="AdamW's rate beside Muon; default: a quarter of learning_rate"
     )
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
     epsilon: Positive = 1e-8
     momentum: Share = 0.95
     weight_decay: NotNegative = 0.0
@@ -124,7 +126,7 @@ class ScheduleSettings(Settings):
 class TrainSettings(Settings):
     """What every training stage has. Exactly one of `updates` and `epochs` is given."""
 
-    seed: Number = 0
+    seed: Seed = 0
     updates: Count | None = None
     epochs: Positive | None = None
     bin_tokens: Count = Field(1024, description="length of a packed bin")
@@ -203,7 +205,7 @@ class GRPOSettings(TrainSettings):
 class PairsSettings(Settings):
     """Preference pairs from a model's own samples: a right answer over a wrong one to the same prompt."""
 
-    seed: Number = 0
+    seed: Seed = 0
     num_prompts: Count = 500
     samples: Annotated[int, Field(ge=2)] = 4
     pairs_per_prompt: Count = 1
@@ -236,7 +238,7 @@ class EvalSettings(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     pass_k: tuple[Count, ...] = (4,)
     max_new_tokens: Count = 64
-    seed: Number = 0
+    seed: Seed = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = 1
     time_limit: Positive = 3.0
@@ -262,7 +264,7 @@ class Recipe(Settings):
     """A whole flywheel: what `polm run` takes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seeds: tuple[Number, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     cycles: Count = Field(2, description="cycles after the first pass, which is plain NTP and gives the first RL model")
     arms: dict[str, Arm] = Field(default_factory=lambda: {"remit": Arm(changes={"weighting": "remit"})})
     base: str | None = Field(None, description="a checkpoint before annealing (path or hub id) in place of pretrain")

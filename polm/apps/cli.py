@@ -43,11 +43,15 @@ def main() -> None:
         sys.exit(2)
 
 
-def print_tables(loaded: Any) -> None:
-    """The report's tables in the terminal."""
-    from polm.report.tables import build_tables
+def print_tables(loaded: Any, *, whole: bool = False) -> None:
+    """The report's tables in the terminal: one screen, or with `whole` every benchmark at every point."""
+    from polm.report.compare import compute_rows
+    from polm.report.tables import build_summary_table, build_tables
 
-    for table in build_tables(loaded):
+    rows = compute_rows(loaded)
+    if rows.points:
+        console.print(build_summary_table(rows))
+    for table in build_tables(loaded) if whole else ():
         console.print(table)
 
 
@@ -90,7 +94,7 @@ def report(
     from polm.report.load import load_run
 
     written = write_report(run_dir, out or run_dir / "report.html")
-    print_tables(load_run(run_dir))
+    print_tables(load_run(run_dir), whole=True)
     console.print(f"report: {written}", markup=False, soft_wrap=True)
 
 
@@ -103,7 +107,7 @@ def runs_ls(runs: RunsDir = RUNS) -> None:
     if not found:
         console.print(f"no runs in {runs}")
     for folder in found:
-        nodes = load_run(folder).nodes
+        nodes = load_run(folder, with_details=False).nodes
         done = sum(node.status != "pending" for node in nodes)
         size = sum(p.stat().st_size for p in (folder / "store").rglob("*") if p.is_file())
         console.print(f"{folder.name:<24} {done:>4}/{len(nodes)} stages  {size / 1e6:8.1f} MB", markup=False)

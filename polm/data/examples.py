@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from polm.data.readers import Message, Preference
 from polm.errors import DataError
 from polm.text.chat import render_chat, render_prompt
+from polm.text.tokenizer import unknown_id
 from polm.tokens import Array, Segment, Tree, build_completions, build_document, tree_length
 
 Policy = Literal["error", "truncate", "drop", "split"]
@@ -41,10 +42,7 @@ def build_document_trees(
     trees: list[Tree] = []
     for number, text in enumerate(texts):
         ids = encode_document(tokenizer, text)
-        ledger["read"] += 1
-        ledger["tokens_read"] += len(ids)
-        if tokenizer.unk_token_id is not None:
-            ledger["tokens_unknown"] += int((ids == tokenizer.unk_token_id).sum())
+        _count_read(tokenizer, ids, ledger)
         if len(ids) > context and too_long == "split":
             ledger["split"] += 1
             pieces = [ids[a : a + context] for a in range(0, len(ids), context)]
@@ -88,8 +86,7 @@ def build_conversation_trees(
     trees: list[Tree] = []
     for number, conversation in enumerate(conversations):
         rendered = render_chat(tokenizer, conversation, train_on=train_on)
-        ledger["read"] += 1
-        ledger["tokens_read"] += len(rendered.token_ids)
+        _count_read(tokenizer, rendered.token_ids, ledger)
         ids = fit_context(rendered.token_ids, context, too_long, f"conversation {number}", ledger)
         if ids is None:
             continue
@@ -119,23 +116,44 @@ def build_preference_trees(
         for text in (pair.chosen, pair.rejected):
             messages = [*pair.prompt, {"role": "assistant", "content": text}]
             answers.append(render_chat(tokenizer, messages, train_on="last").token_ids[len(prompt) :])
-        ledger["read"] += 1
-        ledger["tokens_read"] += len(prompt) + sum(len(a) for a in answers)
-        what = f"pair {number}"
-        if np.array_equal(answers[0], answers[1]):
-            ledger["dropped"] += 1
-            ledger["dropped_equal"] += 1
-            continue
-        room = context - len(prompt)
-        # A prompt that fills the context leaves nothing to compare: truncating it would change the question.
-        prompt_policy: Policy = "drop" if too_long == "drop" else "error"
-        if room < 1 and fit_context(prompt, context - 1, prompt_policy, what, ledger) is None:
-            continue
-        fitted = [fit_context(a, room, too_long, what, ledger) for a in answers]
-        kept = [a for a in fitted if a is not None]
-        if len(kept) == 2:
+        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        kept = _fit_pair(prompt, answers, context, too_long, f"pair {number}", ledger)
+        if kept is not None:
             trees.append(build_completions(prompt, kept, marks=[{"sign": 1.0}, {"sign": -1.0}]))
     return finish(trees, ledger)
+
+
+def _fit_pair(
+    prompt: Array, answers: Sequence[Array], context: int, too_long: Policy, what: str, ledger: Ledger
+) -> list[Array] | None:
+    """Both answers within the context, or None: a pair is dropped as a whole, and one of equal answers says nothing."""
+    room = context - len(prompt)
+    longest = max(answers, key=len)
+    if len(longest) > room and too_long == "drop":
+        ledger["dropped"] += 1
+        ledger["tokens_lost"] += len(prompt) + sum(len(a) for a in answers)
+        return None
+    if room < 1 or (len(longest) > room and too_long != "truncate"):
+        # A prompt that fills the context leaves nothing to compare, and to truncate it would change the question.
+        what = f"{what} (its prompt: {len(prompt)} tokens)"
+        fit_context(np.concatenate([prompt, longest]), context, "error", what, ledger)
+    fitted = [a if len(a) <= room else fit_context(a, room, "truncate", what, ledger) for a in answers]
+    kept = [a for a in fitted if a is not None]
+    if np.array_equal(kept[0], kept[1]):
+        ledger["dropped"] += 1
+        ledger["dropped_equal"] += 1
+        ledger["tokens_lost"] += len(prompt) + sum(len(a) for a in kept)
+        return None
+    return kept
+
+
+def _count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:
+    """Enter an example as it was read, with the tokens that stand for text which the tokenizer cannot spell."""
+    ledger["read"] += 1
+    ledger["tokens_read"] += len(ids)
+    unknown = unknown_id(tokenizer)
+    if unknown is not None:
+        ledger["tokens_unknown"] += int((ids == unknown).sum())
 
 
 def finish(trees: list[Tree], ledger: Ledger) -> list[Tree]:
@@ -145,6 +163,7 @@ def finish(trees: list[Tree], ledger: Ledger) -> list[Tree]:
     ledger["tokens_supervised"] += sum(
         int(np.count_nonzero(segment.streams["weights"])) for tree in trees for segment in tree if segment.streams
     )
+    ledger["tokens_masked"] = ledger["tokens_kept"] - ledger["tokens_supervised"]
     if ledger["tokens_supervised"] == 0:
         raise DataError(
             f"no token is supervised ({ledger['read']} examples read, {ledger['dropped']} dropped); "

@@ -78,11 +78,16 @@ class PackedTrees:
             [
                 collate(
                     (self.trees[i] for b in chosen[first : first + size] for i in self.bins[b]),
-                    seed=(self.seed << 40) + (update << 16) + first,
+                    seed=batch_seed(self.seed, update, first),
                 )
                 for first in range(0, len(chosen), size)
             ]
         )
+
+
+def batch_seed(seed: int, update: int, first: int) -> int:
+    """A number of 63 bits, which every generator takes, for the micro-batch that begins at bin `first`."""
+    return int(np.random.SeedSequence((seed, update, first)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 _ORDERS: dict[tuple[int, int, int], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}

@@ -1,4 +1,4 @@
-"""The pen that writes worked solutions, and that can be told to slip once.
+"""What all tasks share: how a prompt is read and how a solution is written, rightly or with a slip.
 
 Every task solves its own prompt step by step. Whatever it decides or computes on the way goes through a
 `Pen`. An honest pen passes the right value on. A pen with a `slip_at` replaces exactly one value by a
@@ -8,7 +8,7 @@ code writes both the correct and the corrupted solutions, and they look alike up
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import TypeVar
 
@@ -16,6 +16,10 @@ T = TypeVar("T")
 
 # Stands between the steps and the final answer, as in GSM8K.
 ANSWER_MARK = "####"
+
+# Opens a solution that shows its steps. Without it the first token of the steps is itself a result, of which a
+# young model is unsure; the answer mark then wins by default, and greedy decoding shows no steps at all.
+STEPS_MARK = "steps"
 
 # Off by one, off by two, and a lost or an extra ten: the mistakes people make.
 SLIP_DISTANCES = (-10, -2, -1, 1, 2, 10)
@@ -41,3 +45,18 @@ class Pen:
         """Return the number `right`, or, when slipping, a near one within `low` to `high` (both included)."""
         near = [right + distance for distance in SLIP_DISTANCES]
         return self.choose(right, [x for x in near if x >= low and (high is None or x <= high)])
+
+
+def read_numbers(prompt: str) -> list[int]:
+    """Return all numbers of a prompt in reading order."""
+    return [int(word) for word in prompt.split() if word.isdigit()]
+
+
+def write_list(numbers: Iterable[int]) -> str:
+    """Return numbers as text; the comma keeps neighbours apart when every digit becomes a token of its own."""
+    return " , ".join(str(number) for number in numbers)
+
+
+def write_solution(steps: str, answer: str) -> str:
+    """Return the text of a step-by-step solution."""
+    return f"{STEPS_MARK} {steps} {ANSWER_MARK} {answer}"

@@ -3,7 +3,7 @@
 An item is one line of text. Its prompt says the task in words, its solution is a short chain of steps that
 ends in `#### ANSWER`:
 
-    add 47 and 38 .   7 + 8 = 15 , 4 + 3 + 1 = 8 #### 85
+    add 47 and 38 .   steps 7 + 8 = 15 , 4 + 3 + 1 = 8 #### 85
 
 Tokens are separated by single spaces, and two numbers never stand side by side, so that a tokenizer may
 split numbers into digits and still be reversible. The answer is computed from the prompt alone: a prompt has
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from polm.demo.pen import ANSWER_MARK, Pen
+from polm.demo.pen import ANSWER_MARK, Pen, write_solution
 from polm.demo.tasks_code import ask_bits, ask_code, work_bits, work_code
 from polm.demo.tasks_math import ask_add, ask_mul, ask_sub, work_add, work_mul, work_sub
 from polm.demo.tasks_reason import (
@@ -59,7 +59,7 @@ class Task:
         """Draw a prompt and solve it."""
         prompt = self.ask(rng)
         steps, answer = self.work(prompt, Pen())
-        return Item(self.name, prompt, f"{steps} {ANSWER_MARK} {answer}", answer)
+        return Item(self.name, prompt, write_solution(steps, answer), answer)
 
 
 TASKS: dict[str, Task] = {
@@ -96,5 +96,5 @@ def corrupt(item: Item, rng: Random) -> str:
     for _ in range(MAX_CORRUPT_TRIES):
         steps, answer = task.work(item.prompt, Pen(rng.randrange(dry.num_choices), rng))
         if answer != item.answer and not re.search(r"-\d", f"{steps} {answer}"):
-            return f"{steps} {ANSWER_MARK} {answer}"
+            return write_solution(steps, answer)
     raise AssertionError(f"no slip changes the answer of {item.prompt!r}: the task {item.task!r} is at fault")

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from random import Random
 
-from polm.demo.pen import Pen
+from polm.demo.pen import Pen, read_numbers
 
 
-def read_numbers(prompt: str) -> list[int]:
-    """Return all numbers of a prompt in reading order."""
-    return [int(word) for word in prompt.split() if word.isdigit()]
-
-
-def _digits(number: int) -> list[int]:
+def _split(number: int) -> list[int]:
     """Return the decimal digits, units first."""
     return [int(digit) for digit in reversed(str(number))]
 
 
 def _join(low_digits: list[int], top: int) -> str:
-    """Return the number whose highest column holds `top` above `low_digits` (units first), without leading zeros."""
+    """Return the number with `top` in and above its highest column and `low_digits`, units first, below it."""
     return str(int(str(top) + "".join(str(digit) for digit in reversed(low_digits))))
+
+
+def _carry(result: int, pen: Pen) -> int:
+    """Return what a column hands to the next one. The slip is to forget it; without a carry nothing is forgotten."""
+    return pen.choose(result // 10, [0] if result >= 10 else [])
 
 
 def ask_add(rng: Random) -> str:
@@ -31,21 +31,19 @@ def ask_add(rng: Random) -> str:
 
 
 def work_add(prompt: str, pen: Pen) -> tuple[str, str]:
-    """`add 47 and 38 .` -> `7 + 8 = 15 , 4 + 3 + 1 = 8`, `85`."""
-    upper, lower = (_digits(number) for number in read_numbers(prompt))
+    """`add 147 and 85 .` -> `7 + 5 = 12 , 4 + 8 + 1 = 13 , 1 + 1 = 2`, `232`."""
+    upper, lower = (_split(number) for number in read_numbers(prompt))
     steps: list[str] = []
-    low_digits: list[int] = []
-    carry, result = 0, 0
-    num_columns = max(len(upper), len(lower))
-    for column in range(num_columns):
-        terms = [number[column] for number in (upper, lower) if column < len(number)] + [carry] * (carry > 0)
+    results: list[int] = []
+    carry = 0
+    for column, digit in enumerate(upper):
+        terms = [digit, *lower[column : column + 1], *([carry] if carry else [])]
         result = pen.number(sum(terms))
-        steps.append(" + ".join(str(term) for term in terms) + f" = {result}" if len(terms) > 1 else str(result))
-        if column < num_columns - 1:
-            low_digits.append(result % 10)
-            # Forgetting a carry is the classic slip; without one there is nothing to forget.
-            carry = pen.choose(result // 10, [0] if result >= 10 else [])
-    return " , ".join(steps), _join(low_digits, result)
+        results.append(result)
+        steps.append(" + ".join(map(str, terms)) + f" = {result}" if len(terms) > 1 else f"{result}")
+        if column < len(upper) - 1:
+            carry = _carry(result, pen)
+    return " , ".join(steps), _join([result % 10 for result in results[:-1]], results[-1])
 
 
 def ask_sub(rng: Random) -> str:
@@ -54,20 +52,19 @@ def ask_sub(rng: Random) -> str:
 
 def work_sub(prompt: str, pen: Pen) -> tuple[str, str]:
     """`subtract 85 from 342 .` -> `12 - 5 = 7 , 14 - 8 - 1 = 5 , 3 - 1 = 2`, `257`."""
-    small, large = read_numbers(prompt)
-    lower, upper = _digits(small), _digits(large)
+    lower, upper = (_split(number) for number in read_numbers(prompt))
+    *upper, hundreds = upper
     steps: list[str] = []
     low_digits: list[int] = []
     borrow = 0
-    for top, bottom in zip(upper, lower, strict=False):
-        next_borrow = int(top < bottom + borrow)
-        top += 10 * next_borrow
-        low_digits.append(pen.number(top - bottom - borrow, high=9))
-        steps.append(f"{top} - {bottom}{' - 1' * borrow} = {low_digits[-1]}")
-        borrow = pen.choose(next_borrow, [0] if next_borrow else [])
-    top = large // 10 ** len(lower)
-    rest = pen.number(top - borrow)
-    steps.append(f"{top}{f' - 1 = {rest}' * borrow}" if borrow else str(rest))
+    for top, bottom in zip(upper, lower, strict=True):
+        has_to_borrow = top < bottom + borrow
+        column = f"{top + 10 * has_to_borrow} - {bottom}" + " - 1" * borrow
+        low_digits.append(pen.number(top + 10 * has_to_borrow - bottom - borrow, high=9))
+        steps.append(f"{column} = {low_digits[-1]}")
+        borrow = pen.choose(int(has_to_borrow), [0] if has_to_borrow else [])
+    rest = pen.number(hundreds - borrow)
+    steps.append(f"{hundreds} - 1 = {rest}" if borrow else f"{rest}")
     return " , ".join(steps), _join(low_digits, rest)
 
 
@@ -78,14 +75,14 @@ def ask_mul(rng: Random) -> str:
 def work_mul(prompt: str, pen: Pen) -> tuple[str, str]:
     """`multiply 4375 by 3 .` -> `5 * 3 = 15 , 7 * 3 + 1 = 22 , 3 * 3 + 2 = 11 , 4 * 3 + 1 = 13`, `13125`."""
     large, factor = read_numbers(prompt)
-    columns = _digits(large)
+    digits = _split(large)
     steps: list[str] = []
-    low_digits: list[int] = []
-    carry, result = 0, 0
-    for index, digit in enumerate(columns):
+    results: list[int] = []
+    carry = 0
+    for column, digit in enumerate(digits):
         result = pen.number(digit * factor + carry)
+        results.append(result)
         steps.append(f"{digit} * {factor}{f' + {carry}' if carry else ''} = {result}")
-        if index < len(columns) - 1:
-            low_digits.append(result % 10)
-            carry = pen.choose(result // 10, [0] if result >= 10 else [])
-    return " , ".join(steps), _join(low_digits, result)
+        if column < len(digits) - 1:
+            carry = _carry(result, pen)
+    return " , ".join(steps), _join([result % 10 for result in results[:-1]], results[-1])

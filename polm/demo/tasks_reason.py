@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from polm.demo.pen import Pen
-from polm.demo.tasks_math import read_numbers
+from polm.demo.pen import Pen, read_numbers, write_list
 
+# The prose uses these words too: the vocabulary stays small.
 COLOURS = ("red", "blue", "green", "white")
 NAMES = ("anna", "ben", "lily", "omar")
 THINGS = ("apples", "books", "coins", "shells")
@@ -14,13 +14,8 @@ MINUTES_PER_HOUR = 60
 HOURS_PER_DAY = 24
 
 
-def _list(numbers: list[int]) -> str:
-    """Return numbers as a list; the comma keeps neighbours apart when digits become single tokens."""
-    return " , ".join(str(number) for number in numbers)
-
-
 def ask_max(rng: Random) -> str:
-    return f"largest of {_list(rng.sample(range(100, 1000), 5))} ."
+    return f"largest of {write_list(rng.sample(range(100, 1000), 5))} ."
 
 
 def work_max(prompt: str, pen: Pen) -> tuple[str, str]:
@@ -36,7 +31,7 @@ def work_max(prompt: str, pen: Pen) -> tuple[str, str]:
 
 
 def ask_sort(rng: Random) -> str:
-    return f"sort {_list(rng.sample(range(10, 100), 4))} ."
+    return f"sort {write_list(rng.sample(range(10, 100), 4))} ."
 
 
 def work_sort(prompt: str, pen: Pen) -> tuple[str, str]:
@@ -47,13 +42,19 @@ def work_sort(prompt: str, pen: Pen) -> tuple[str, str]:
         place = next((i for i, placed in enumerate(done) if placed > number), len(done))
         place = pen.choose(place, [i for i in range(len(done) + 1) if i != place])
         done.insert(place, number)
-        steps.append(_list(done))
+        steps.append(write_list(done))
     # The last insertion is the answer itself.
     return " ; ".join(steps[:-1]), steps[-1]
 
 
 def ask_count(rng: Random) -> str:
-    return f"count {rng.choice(COLOURS)} in {' , '.join(rng.choices(COLOURS, k=8))} ."
+    """Every number of matches from 1 to 6 of 8 is as likely, so that guessing does not pay."""
+    wanted = rng.choice(COLOURS)
+    num_matches = rng.randint(1, 6)
+    others = [colour for colour in COLOURS if colour != wanted]
+    colours = [wanted] * num_matches + rng.choices(others, k=8 - num_matches)
+    rng.shuffle(colours)
+    return f"count {wanted} in {' , '.join(colours)} ."
 
 
 def work_count(prompt: str, pen: Pen) -> tuple[str, str]:
@@ -75,28 +76,30 @@ def ask_clock(rng: Random) -> str:
 
 
 def work_clock(prompt: str, pen: Pen) -> tuple[str, str]:
-    """`clock 9 : 47 plus 38 minutes .` -> `47 + 38 = 85 , 85 - 60 = 25 , 9 + 1 = 10`, `10 : 25`."""
+    """`clock 9 : 47 plus 30 minutes .` -> `47 + 30 = 77 , 77 - 60 = 17 , 9 + 1 = 10`, `10 : 17`."""
     hour, minute, delta = read_numbers(prompt)
-    is_later = "plus" in prompt.split()
+    last_minute = MINUTES_PER_HOUR - 1
     steps: list[str] = []
+    is_later = "plus" in prompt.split()
     if is_later:
-        total = pen.number(minute + delta, high=2 * MINUTES_PER_HOUR - 1)
+        total = pen.number(minute + delta, high=MINUTES_PER_HOUR + last_minute)
         steps.append(f"{minute} + {delta} = {total}")
-        turns_hour = total >= MINUTES_PER_HOUR
-        minute = total
-        if turns_hour:
-            minute = pen.number(total - MINUTES_PER_HOUR, high=MINUTES_PER_HOUR - 1)
+        leaves_hour = total >= MINUTES_PER_HOUR
+        if leaves_hour:
+            minute = pen.number(total - MINUTES_PER_HOUR, high=last_minute)
             steps.append(f"{total} - {MINUTES_PER_HOUR} = {minute}")
+        else:
+            minute = total
     else:
-        turns_hour = minute < delta
-        if turns_hour:
+        leaves_hour = minute < delta
+        if leaves_hour:
             steps.append(f"{minute} + {MINUTES_PER_HOUR} = {minute + MINUTES_PER_HOUR}")
             minute += MINUTES_PER_HOUR
-        left = pen.number(minute - delta, high=MINUTES_PER_HOUR - 1)
+        left = pen.number(minute - delta, high=last_minute)
         steps.append(f"{minute} - {delta} = {left}")
         minute = left
-    # The slip here: the hour is forgotten.
-    if turns_hour and pen.choose(True, [False]):
+    # The slip here is to forget the hour.
+    if leaves_hour and pen.choose(True, [False]):
         hour = _turn_hour(hour, is_later, steps)
     return " , ".join(steps), f"{hour} : {minute:02d}"
 
@@ -115,17 +118,19 @@ def _turn_hour(hour: int, is_later: bool, steps: list[str]) -> int:
 
 
 def ask_word(rng: Random) -> str:
+    """One in three stories is a gift between two owners; the others are two events that befall one of them."""
     owner, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
-    start = rng.randint(5, 15)
+    start, num_given = rng.randint(5, 15), rng.randint(2, 5)
     if rng.random() < 1 / 3:
         story = f"{owner} has {start} {thing} and {other} has {rng.randint(5, 15)} . "
-        story += f"{owner} gives {rng.randint(2, 5)} to {other} . "
-        return story + f"how many {thing} has {rng.choice((owner, other))} ?"
+        story += f"{owner} gives {num_given} to {other} ."
+        return f"{story} how many {thing} has {rng.choice((owner, other))} ?"
+    # At most one event takes away, and never more than the start: no holding is ever negative.
     events = [
         f"buys {rng.randint(2, 5)} boxes of {rng.randint(2, 5)}",
         f"finds {rng.randint(2, 9)} more",
-        rng.choice(("loses {}", "gives {} to " + other)).format(rng.randint(2, 5)),
+        rng.choice((f"loses {num_given}", f"gives {num_given} to {other}")),
     ]
     first, second = rng.sample(events, 2)
     return f"{owner} has {start} {thing} , {first} and {second} . how many {thing} has {owner} ?"

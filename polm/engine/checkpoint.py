@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class Progress:
     tokens: int = 0
     targets: int = 0
     seconds: float = 0.0
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def save_checkpoint(workdir: Path, model: PreTrainedModel, optimizers: Sequence[Optimizer], progress: Progress) -> None:

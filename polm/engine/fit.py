@@ -27,6 +27,8 @@ from polm.errors import NonFiniteError
 from polm.recipe import TrainSettings
 from polm.tokens import Metric, Objective, Step, TokenBatch
 
+COUNT = "count/"  # metrics of this prefix are summed over the whole run, for the ledger
+
 
 class BatchSource(Protocol):
     """Where batches come from. `step` must be a pure function of (update, the model's weights)."""
@@ -47,6 +49,7 @@ class FitResult:
     tokens: int
     targets: int
     seconds: float
+    counts: Mapping[str, int]
     last: Mapping[str, Any]
 
 
@@ -80,7 +83,8 @@ def fit(
         torch.manual_seed((settings.seed << 32) + update)  # dropout, where a model has it
         rate = set_rate(optimizers, compute_rate_factor(update, source.num_updates, settings.schedule))
         step = source.step(update, model)
-        loss, metrics = accumulate(model, step.batches, objective, temperature, bf16)
+        loss, measured = accumulate(model, step.batches, objective, temperature, bf16)
+        metrics, counts = split_counts({**measured, **step.metrics}, progress.counts)
         norm = _clip(model, settings.optimizer.clip_norm)
         _require_finite(loss, norm, step.batches, update, workdir)
         for optimizer in optimizers:
@@ -92,17 +96,28 @@ def fit(
             tokens=progress.tokens + sum(batch.num_tokens for batch in step.batches),
             targets=progress.targets + sum(batch.num_targets for batch in step.batches),
             seconds=time.perf_counter() - began,
+            counts=counts,
         )
         last = progress.update == source.num_updates
         if last or progress.update % settings.log_every == 0:
-            line = _line(progress, source.num_updates, rate, loss, norm, {**metrics, **step.metrics})
+            line = _line(progress, source.num_updates, rate, loss, norm, metrics)
             log.write(line)
             if report is not None:
                 report(line)
         due = settings.checkpoint_every and progress.update % settings.checkpoint_every == 0
         if due and not last and source.resumable(progress.update):
             save_checkpoint(workdir, model, optimizers, progress)
-    return FitResult(source.num_updates, progress.tokens, progress.targets, progress.seconds, line)
+    return FitResult(source.num_updates, progress.tokens, progress.targets, progress.seconds, progress.counts, line)
+
+
+def split_counts(measured: Mapping[str, Any], before: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Take the names under `count/` out of an update's metrics and add them to the counts of the whole run."""
+    metrics = {name: value for name, value in measured.items() if not name.startswith(COUNT)}
+    counts = dict(before)
+    for name in measured.keys() - metrics.keys():
+        short = name.removeprefix(COUNT)
+        counts[short] = counts.get(short, 0) + round(measured[name])
+    return metrics, counts
 
 
 def accumulate(
@@ -129,7 +144,10 @@ def accumulate(
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(inverse)
-    metrics = {name: (top / bottom.clamp(min=1e-12)).tolist() for name, (top, bottom) in sums.items()}
+    metrics = {
+        name: (top if name.startswith(COUNT) else top / bottom.clamp(min=1e-12)).tolist()
+        for name, (top, bottom) in sums.items()
+    }
     return float(total / denominator.clamp(min=1e-12)), metrics
 
 
@@ -196,7 +214,9 @@ class MetricsLog:
                 if row["update"] <= update:
                     kept.append(raw)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(raw + "\n" for raw in kept))
+        temporary = path.with_name(f".{path.name}.tmp")  # a kill in between must not lose the lines that are kept
+        temporary.write_text("".join(raw + "\n" for raw in kept))
+        temporary.replace(path)
         self._handle = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:

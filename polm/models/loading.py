@@ -23,6 +23,11 @@ from polm.models.forest_attention import FOREST, build_plan
 from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
+PLAIN_DECODER = "Use a plain attention decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)"
+LOADING_CURE = (
+    "If it is a folder, its files are damaged or incomplete: copy or download it again. If it is a hub id, check its "
+    "spelling and the connection, or give the folder of a copy on this machine"
+)
 
 # Its bars for files of a few megabytes would drown the stage's own progress.
 transformers_logging.disable_progress_bar()
@@ -76,10 +81,17 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
     Raises ModelError naming what is missing and the cure.
     """
     name = require_source(source, "model")
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**locate(name), dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the model {name} could not be loaded: {first_line(error)}") from error
+        model, report = AutoModelForCausalLM.from_pretrained(**locate(name), dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"the model {name} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …): its weight files and "
+            "its config.json do not belong together, or a file is missing; copy or download it again"
+        )
     return prepare_model(model.to(device), name)
 
 
@@ -88,8 +100,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     name = require_source(source, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(**locate(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer of {name} could not be loaded: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the tokenizer of {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{name} has only a slow tokenizer; a fast one (tokenizer.json) is needed for exact offsets")
     if tokenizer.eos_token_id is None:
@@ -124,7 +136,7 @@ def locate(name: str) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -136,12 +148,17 @@ def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
             expected = model(input_ids=check_ids[None], use_cache=False).logits[0].float()
         except (RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"{name} does not run as a causal language model: {first_line(error)}") from error
+    if not torch.isfinite(expected).all():
+        raise ModelError(f"{name} gives logits that are not finite: its weights are damaged; copy or download it again")
+    if not hasattr(model.config.get_text_config(), "num_attention_heads"):
+        raise ModelError(f"{name} ({model.config.model_type}) has layers without attention. {PLAIN_DECODER}")
     try:
         model.set_attn_implementation(FOREST)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{name} ({model.config.model_type}) does not take a registered attention: {error}") from error
-    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
-        model.config.get_text_config().attention_dropout = 0.0
+    for module in model.modules():  # each layer has read it from the config already
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     _check_forest(model, check_ids, expected, name)
     return model.train()
 
@@ -157,15 +174,21 @@ def _check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.
     numbers = ids.cpu().numpy()
     batch = collate([build_document(numbers[::-1].copy()), build_completions(numbers[:5], [numbers[5:]])])
     with torch.no_grad():
-        hidden = compute_hidden(model, batch.to(model.device))[len(numbers) :]
-        logits = output_logits(model, hidden)
+        try:
+            hidden = compute_hidden(model, batch.to(model.device))[len(numbers) :]
+            logits = output_logits(model, hidden)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            kind = model.config.model_type
+            raise ModelError(f"{name} ({kind}) does not run as a token forest: {error}. {PLAIN_DECODER}") from error
     gap = float((torch.log_softmax(logits, -1) - torch.log_softmax(expected_TV, -1)).abs().max())
     low_precision = next(model.parameters()).dtype != torch.float32
     if not gap <= (0.2 if low_precision else CHECK_TOLERANCE):
         raise ModelError(
             f"{name} ({model.config.model_type}) gives other log-probabilities as a token forest than on its own "
             f"(largest difference {gap:.2g}): it carries state along the stream, or treats its logits in a way that "
-            "polm does not reproduce. Use a plain attention decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)."
+            f"polm does not reproduce. {PLAIN_DECODER}"
         )
 
 

@@ -70,6 +70,8 @@ def build_remit(
             "remit/weight_histogram": Metric(compute_weight_histogram(remit_N), len(remit_N)),
             "remit/mean_abs_delta": Metric(delta_N.abs().sum(), len(delta_N)),
             "remit/mean_weight": Metric(remit_N.sum(), len(remit_N)),
+            "count/tokens_down_weighted": Metric((remit_N < 1).sum(), 1),
+            "count/tokens_up_weighted": Metric((remit_N > 1).sum(), 1),
         }
         return Loss(total, weights_N.sum() if denominator == "tokens" else combined_N.sum(), metrics)
 

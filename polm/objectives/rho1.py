@@ -40,6 +40,7 @@ def build_rho1(*, keep: float, base: Base, scope: Scope) -> Objective:
             "ntp/nll": build_nll_metric(scores.logprobs_N, weights_N),
             "rho1/kept_fraction": Metric(selected_N.sum(), len(selected_N)),
             "rho1/kept_excess": Metric((selected_N * excess_N).sum(), selected_N.sum()),
+            "count/tokens_left_out": Metric((selected_N == 0).sum(), 1),
             "rho1/mean_excess": Metric(excess_N.sum(), len(excess_N)),
         }
         return Loss((kept_N * -scores.logprobs_N.float()).sum(), kept_N.sum(), metrics)

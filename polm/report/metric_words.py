@@ -4,8 +4,13 @@ from __future__ import annotations
 
 # Columns of metrics.jsonl that count and are no measurement.
 COUNTERS = ("update", "num_updates", "tokens", "targets", "seconds", "eta_seconds")
-# Measurements that say how the machine and the optimizer did; they fold away.
-MACHINE = ("lr", "grad_norm", "tokens_per_second")
+# Measurements for a closer look (machine, optimizer, checks of the method); they fold away.
+FOLDED = (
+    *("lr", "grad_norm", "tokens_per_second"),
+    *("rl/approx_kl", "rl/ratio_mean", "rl/clip_low_fraction", "rl/clip_high_fraction", "rl/unjudged"),
+    *("rl/sampler_gap", "rl/sampler_gap_max"),
+    *("dpo/chosen_logprob", "dpo/rejected_logprob", "dpo/chosen_reward", "dpo/rejected_reward"),
+)
 # The likelihood that every arm of mid-training logs in the same way, whatever its objective.
 PLAIN_NLL = "ntp/nll"
 

@@ -20,7 +20,7 @@ DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 # One plot is 480 x 290 units; on a phone it shrinks to about three quarters, where the text is still readable.
 WIDTH, HEIGHT = 480, 290
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 12, 44
 FONT_SIZE = 12
 # More points than this are not visible at this width; lines are thinned to it.
 MAX_POINTS = 240
@@ -82,11 +82,10 @@ def build_colour(series: int) -> str:
 def compute_ticks(low: float, high: float, *, num_ticks: int = 5) -> tuple[float, ...]:
     """About `num_ticks` round numbers (1, 2 or 5 times a power of ten) that cover `low..high`, both ends included."""
     if not low < high:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        low, high = (low - abs(low) * 0.1, low + abs(low) * 0.1) if low else (0.0, 1.0)
     rough = (high - low) / max(1, num_ticks - 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.75)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return tuple(index * step for index in range(first, last + 1))
 

@@ -108,7 +108,7 @@ def _build_tiles(run: Run, rows: Rows) -> str:
         ("arms", str(len({arm.name for arm in compute_arm_styles(run)})) or "–"),
         ("benchmarks", str(len(rows.benchmarks))),
         ("stage time", format_seconds(seconds)),
-        ("core-seconds (most)", format_count(core)),
+        ("core-seconds", format_count(core)),
         ("tokens trained on", format_count(num_tokens)),
     ]
     cells = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in tiles)
@@ -225,8 +225,8 @@ def section_graph(run: Run) -> str:
         build_paragraph(
             "How to read: a lane is one arm of one cycle and runs from left to right; evaluations hang below the stage "
             "that they measure. ✓ done, = the same artifact as in an earlier lane (computed once), … pending. Each box "
-            "gives wall time and peak memory. The dashed arrow is the flywheel: the RL-tuned model becomes the "
-            "reference of the next mid-training.",
+            "gives wall time and the peak memory of its process. The dashed arrow is the flywheel: the RL-tuned model "
+            "becomes the reference of the next mid-training. Core-seconds are time times threads.",
             "quiet",
         )
     ]

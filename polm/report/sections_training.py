@@ -12,7 +12,7 @@ from polm.report.compare import CONTROL, CONTROL_NAME, Arm, compute_arm
 from polm.report.escape import esc
 from polm.report.load import Metrics, Node, Run
 from polm.report.markup import build_details, build_grid, build_paragraph, compute_arm_styles
-from polm.report.metric_words import COUNTERS, MACHINE, PLAIN_NLL, describe_metric_words
+from polm.report.metric_words import COUNTERS, FOLDED, PLAIN_NLL, describe_metric_words
 from polm.report.plots import Bar, Line, build_bar_plot, build_line_plot, compute_histogram_edges
 
 # The stages in the order of the question that a reader asks; others follow in run order.
@@ -210,7 +210,7 @@ def _build_histogram(run: Run, step: str, name: str, arm: Arm, nodes: Sequence[N
         y_label="share of tokens",
         edges=edges,
         how_to_read=(
-            f"How the values are spread over the last tenth of the updates ({len(rows)} log lines). "
+            f"How the values are spread over the last tenth of the updates (log lines: {len(rows)}). "
             "Weights piled up at both ends are clipped; one peak in the middle is plain next-token prediction."
         ),
     )
@@ -226,17 +226,19 @@ def _build_step(run: Run, step: str, by_arm: dict[Arm, list[Node]]) -> str:
         for arm, nodes in by_arm.items()
         if (plot := _build_histogram(run, step, name, arm, nodes))
     ]
+    # Outside of mid-training the plain likelihood is the loss once more.
+    folded = FOLDED if step == "midtrain" else (*FOLDED, PLAIN_NLL)
     # What the stage is about comes first: the reward of RL, the likelihood of mid-training.
     first = sorted(
-        (name for name in names if name not in MACHINE), key=lambda name: name not in ("rl/reward", PLAIN_NLL)
+        (name for name in names if name not in folded), key=lambda name: name not in ("rl/reward", PLAIN_NLL)
     )
     shown = [plots[name] for name in first if plots[name]]
     if step == "midtrain" and (difference := _build_difference_plot(run, step, by_arm)):
         shown.insert(1, difference)
-    machine = [plots[name] for name in MACHINE if plots.get(name)]
+    more = [plots[name] for name in names if name in folded and plots[name]]
     parts = [f"<h3>{esc(STAGE_TITLES.get(step, step))}</h3>", build_grid(shown + histograms)]
-    if machine:
-        parts.append(build_details(f"{step}: learning rate, gradient norm, speed", build_grid(machine)))
+    if more:
+        parts.append(build_details(f"{step}: {len(more)} more metrics", build_grid(more)))
     return "".join(parts)
 
 

@@ -64,7 +64,10 @@ def describe_basis(rows: Rows) -> str:
 
 def build_average_table(rows: Rows, point: str) -> Table:
     """One row an arm, one column a metric: the plain average over benchmarks, and below it the difference to ntp."""
-    table = Table(title=_build_text(f"{describe_point(point)}: average of {len(rows.benchmarks)} benchmarks"))
+    table = Table(
+        title=_build_text(f"{describe_point(point)}: average of {len(rows.benchmarks)} benchmarks"),
+        caption=_build_text(describe_basis(rows)),
+    )
     table.add_column("arm")
     metrics = list_metrics(rows)
     for key in metrics:
@@ -73,6 +76,24 @@ def build_average_table(rows: Rows, point: str) -> Table:
         cells = []
         for key in metrics:
             row = rows.get(point, arm, None, key)
+            cells.append(_build_score_cell(row).append("\n").append_text(_build_difference_cell(row)))
+        table.add_row(_build_text(arm.label), *cells)
+    return table
+
+
+def build_summary_table(rows: Rows) -> Table:
+    """The run on one screen: one row an arm, one column a point, greedy accuracy with its difference to ntp."""
+    table = Table(
+        title=_build_text(f"greedy accuracy, %, average of {len(rows.benchmarks)} benchmarks"),
+        caption=_build_text(describe_basis(rows)),
+    )
+    table.add_column("arm")
+    for point in rows.points:
+        table.add_column(_build_text(describe_point(point)), justify="right")
+    for arm in rows.arms:
+        cells = []
+        for point in rows.points:
+            row = rows.get(point, arm, None, "greedy")
             cells.append(_build_score_cell(row).append("\n").append_text(_build_difference_cell(row)))
         table.add_row(_build_text(arm.label), *cells)
     return table
@@ -161,6 +182,5 @@ def render_tables(run: Run, *, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     for table in build_tables(run):
         console.print(table)
-    console.print(_build_text(describe_basis(compute_rows(run))))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -141,7 +141,7 @@ def train(
         **{f"last/{name}": value for name, value in numbers.items()},
         **(more or {}),
     }
-    return StageResult(summary, dict(ledger))
+    return StageResult(summary, {**ledger, **result.counts})
 
 
 def train_on_trees(

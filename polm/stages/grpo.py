@@ -52,7 +52,6 @@ class RolloutSource:
     settings: GRPOSettings
     num_updates: int
     samples_log: MetricsLog
-    ledger: Counter[str]
     _minibatches: list[list[TokenBatch]] = field(default_factory=list)
     _metrics: dict[str, float] = field(default_factory=dict)
 
@@ -76,7 +75,6 @@ class RolloutSource:
         verdicts = verify_many(items, seconds=self.settings.time_limit)
         advantages = compute_advantages(completions, verdicts, len(chosen), self.settings.advantage_scale)
         self._metrics = summarise(completions, verdicts, advantages)
-        self.ledger.update(v.status for v in verdicts)
         self._log_samples(update, chosen, completions, verdicts, advantages)
         trees = build_rollout_trees([self.encoded[i] for i in chosen], completions, verdicts, advantages)
         parts = np.array_split(np.arange(len(trees)), self.settings.updates_per_rollout)
@@ -202,6 +200,8 @@ def summarise(completions: Sequence[Completion], verdicts: Sequence[Verdict], ad
         "rl/length": float(np.mean(lengths)),
         "rl/cut_off": sum(c.finish == "length" for c in completions) / num,
         "rl/equal_groups": 1.0 - sum(groups.values()) / len(groups),
+        "count/samples": num,
+        **{f"count/samples_{status}": number for status, number in statuses.items()},
     }
 
 
@@ -226,7 +226,6 @@ def run(settings: GRPOSettings, context: Context) -> StageResult:
         settings=settings,
         num_updates=num_updates,
         samples_log=MetricsLog(context.workdir / "samples.jsonl", resume_point(context)),
-        ledger=ledger,
     )
     objective = build_policy_gradient(
         clip_low=settings.clip_low,

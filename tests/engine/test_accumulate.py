@@ -77,7 +77,7 @@ def test_packing_equals_each_document_alone(build_tiny: Callable[..., PreTrained
         total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
     expected = total / (sum(LENGTHS) - len(LENGTHS))
     expected.backward()
-    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: n + m)
 

@@ -77,7 +77,7 @@ def test_adamw_by_hand(build_tiny: Callable[..., PreTrainedModel]) -> None:
     settings = OptimizerSettings(learning_rate=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.5)
     (adamw,) = build_optimizers(model, settings)
     matrix, vector = model.model.layers[0].mlp.up_proj.weight, model.model.norm.weight
-    matrix_before, vector_before = float(matrix[0, 0]), float(vector[0])
+    matrix_before, vector_before = matrix[0, 0].item(), vector[0].item()
     g, h = 2.0, -1.0
     for gradient in (g, h):
         for parameter in model.parameters():
@@ -87,8 +87,8 @@ def test_adamw_by_hand(build_tiny: Callable[..., PreTrainedModel]) -> None:
     m, v = (0.09 * g + 0.1 * h) / 0.19, (0.0475 * g * g + 0.05 * h * h) / 0.0975
     second = 0.1 * m / (v**0.5 + 1e-8)
     decayed = (matrix_before * 0.95 - first) * 0.95 - second
-    assert float(matrix[0, 0]) == pytest.approx(decayed, abs=1e-6)
-    assert float(vector[0]) == pytest.approx(vector_before - first - second, abs=1e-6)
+    assert matrix[0, 0].item() == pytest.approx(decayed, abs=1e-6)
+    assert vector[0].item() == pytest.approx(vector_before - first - second, abs=1e-6)
 
 
 @pytest.mark.parametrize("settings", [MUON, OptimizerSettings()], ids=["muon", "adamw"])

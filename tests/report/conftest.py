@@ -41,12 +41,7 @@ class RunBuilder:
         folder = self.run_dir / artifact
         if done:
             folder.mkdir(parents=True)
-            ledger = {
-                "documents_read": 8000,
-                "tokens_read": 250_000,
-                "tokens_packed": 240_000,
-                "tokens_truncated": 1_000,
-            }
+            ledger = {"tokens_kept": 240_000, "read": 8000, "tokens_read": 250_000, "dropped": 0, "tokens_lost": 1_000}
             manifest = {
                 "key": key,
                 "stage": stage,

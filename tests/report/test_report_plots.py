@@ -39,11 +39,12 @@ def get_paths(figure: str) -> list[str]:
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        (0.0, 1.0, [0, 0.5, 1.0]),
-        (0.0, 100.0, [0, 50, 100]),
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 99.0, [0, 20, 40, 60, 80, 100]),
         (1.1, 2.9, [1.0, 1.5, 2.0, 2.5, 3.0]),
         (-3.0, 5.0, [-4, -2, 0, 2, 4, 6]),
         (2.0, 2.0, [1.8, 1.9, 2.0, 2.1, 2.2]),
+        (0.0, 0.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
     ],
 )
 def test_ticks_are_round_and_cover_the_data(low: float, high: float, expected: list[float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def test_tables_hold_every_point_and_its_numbers(small_run: Path) -> None:
 
 
 def test_one_seed_is_called_one_seed(build_run: Callable[..., Path]) -> None:
-    assert "one seed proves nothing about training noise" in render_tables(load_run(build_run()), width=200)
+    text = render_tables(load_run(build_run()), width=200)
+    assert text.count("items only: one seed proves nothing about training noise") == 4  # below every average
 
 
 def test_names_are_neither_markup_nor_escape_sequences(build_run: Callable[..., Path]) -> None:
@@ -47,14 +49,16 @@ def test_stage_table_shows_status_and_cost(build_run: Callable[..., Path]) -> No
     console.print(build_stage_table(load_run(build_run(until="midtrain"))))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
-    assert any("s0/c1/remit/midtrain" in line and "done" in line and " MB" in line + "GB" for line in lines)
-    assert any("s0/c1/remit/sft" in line and "pending" in line and "–" in line for line in lines)
+    (done,) = (line for line in lines if "s0/c1/remit/midtrain" in line)
+    (pending,) = (line for line in lines if "s0/c1/remit/sft" in line)
+    assert re.search(r"done +│ +[\d.]+ (s|min \d+ s) +│ +\d+ +│ +[\d.]+ [MG]B", done)
+    assert re.search(r"pending +│ +– +│ +– +│ +– +│", pending)
 
 
 def test_a_run_without_evaluations_has_no_tables(build_run: Callable[..., Path]) -> None:
     run_dir = build_run(seeds=0)
     assert build_tables(load_run(run_dir)) == []
-    assert render_tables(load_run(run_dir)).strip() == "no arm can be compared with the control yet"
+    assert render_tables(load_run(run_dir)) == ""
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from polm.rollout import sampling
 from polm.rollout.sampling import (
     apply_top_k,
     apply_top_p,
@@ -65,11 +64,15 @@ def test_nucleus_after_top_k_is_of_the_renormalised_rest() -> None:
     assert kept(apply_top_p(apply_top_k(PROBS.log(), 2), 0.6)) == [[1, 3]]
 
 
-def test_nucleus_wider_than_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    logprobs = compute_tempered_logprobs(torch.randn(5, 60, generator=torch.Generator().manual_seed(0)), 1.0)
-    whole = apply_top_p(logprobs, 0.9)
-    monkeypatch.setattr(sampling, "NUCLEUS_WIDTH", 3)
-    assert torch.equal(apply_top_p(logprobs, 0.9), whole)
+def test_nuclei_wider_than_the_first_try() -> None:
+    """Rows from nearly certain to nearly flat."""
+    logits = torch.randn(6, 60, generator=torch.Generator().manual_seed(0)) * torch.tensor([[9.0, 4, 2, 1, 0.5, 0.1]]).T
+    logprobs = compute_tempered_logprobs(logits, 1.0)
+    whole = apply_top_p(logprobs, 0.9, width=60)
+    assert torch.equal(apply_top_p(logprobs, 0.9, width=2), whole)
+    sizes = [len(row) for row in kept(whole)]
+    assert sizes[0] <= 2
+    assert sizes[-1] > 16
     for row, out in zip(logprobs.exp(), whole, strict=True):
         inside = row[out > float("-inf")]
         assert inside.sum() >= 0.9 - 1e-6

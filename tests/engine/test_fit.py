@@ -1,0 +1,316 @@
+"""The one loop: it stops and goes on to the same bits, keeps one line an update, and never trains on nonsense."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from polm.apps.show import describe_line
+from polm.data.packing import PackedTrees, pack_trees
+from polm.engine import fit as loop
+from polm.engine.checkpoint import list_checkpoints
+from polm.engine.fit import FitResult, MetricsLog, fit
+from polm.errors import NonFiniteError, StoreError
+from polm.objectives.ntp import build_ntp
+from polm.objectives.remit import build_remit
+from polm.recipe import OptimizerSettings, ScheduleSettings, TrainSettings
+from polm.tokens import Loss, Objective, Scores, Step, TokenBatch, build_document
+
+Build = Callable[..., PreTrainedModel]
+OPTIMIZERS = {
+    "adamw": OptimizerSettings(learning_rate=0.003, weight_decay=0.1),
+    "muon": OptimizerSettings(kind="muon", learning_rate=0.01),
+}
+
+
+class Stopped(Exception):
+    """Stands in for a kill between two updates."""
+
+
+def build_settings(**changes: Any) -> TrainSettings:
+    values = {
+        "seed": 3,
+        "updates": 8,
+        "bin_tokens": 32,
+        "bins_per_update": 2,
+        "micro_bins": 1,
+        "precision": "fp32",
+        "schedule": ScheduleSettings(kind="linear", warmup_updates=1),
+    }
+    return TrainSettings(**{**values, **changes})
+
+
+def build_source(settings: TrainSettings, num_docs: int = 24) -> PackedTrees:
+    rng = np.random.default_rng(0)
+    trees = [
+        build_document(ids, {"ref_logprobs": rng.uniform(-6.0, -0.1, len(ids)).astype(np.float32)})
+        for ids in (rng.integers(2, 40, rng.integers(4, 20)) for _ in range(num_docs))
+    ]
+    return pack_trees(
+        trees,
+        bin_tokens=settings.bin_tokens,
+        bins_per_update=settings.bins_per_update,
+        micro_bins=settings.micro_bins,
+        updates=settings.updates,
+        epochs=settings.epochs,
+        seed=settings.seed,
+    )
+
+
+def train(build_tiny: Build, workdir: Path, settings: TrainSettings, stop_after: int = 0) -> dict[str, torch.Tensor]:
+    """Weights after `fit` from the same start; with `stop_after` it is cut off after that many updates of this call."""
+    model = build_tiny()
+    lines: list[Mapping[str, Any]] = []
+
+    def report(line: Mapping[str, Any]) -> None:
+        lines.append(line)
+        if len(lines) == stop_after:
+            raise Stopped
+
+    fit(model, build_source(settings), build_ntp(), settings, workdir, report=report)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(raw) for raw in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "eta_seconds")}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_stopped_run_goes_on_to_the_same_bits(build_tiny: Build, tmp_path: Path, kind: str) -> None:
+    settings = build_settings(optimizer=OPTIMIZERS[kind], checkpoint_every=3)
+    whole = train(build_tiny, tmp_path / "whole", settings)
+    workdir = tmp_path / "parts"
+    for stop_after, resumes_at in ((2, None), (5, 3), (2, 3), (4, 6)):
+        with pytest.raises(Stopped):
+            train(build_tiny, workdir, settings, stop_after)
+        found = [int(p.name[-8:]) for p in list_checkpoints(workdir)]
+        assert found == ([resumes_at] if resumes_at else []), stop_after
+    parts = train(build_tiny, workdir, settings)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    start = {name: p.detach() for name, p in build_tiny().named_parameters()}
+    assert not any(torch.equal(parts[name], start[name]) for name in whole)
+
+    lines = read_lines(workdir)
+    assert [line["update"] for line in lines] == list(range(1, 9))
+    expected = read_lines(tmp_path / "whole")
+    assert [without_clock(line) for line in lines] == [without_clock(line) for line in expected]
+    assert all(b["seconds"] >= a["seconds"] for a, b in zip(lines, lines[1:], strict=False))
+
+
+def test_without_checkpoints_it_starts_again(build_tiny: Build, tmp_path: Path) -> None:
+    settings = build_settings()
+    with pytest.raises(Stopped):
+        train(build_tiny, tmp_path, settings, stop_after=5)
+    assert list_checkpoints(tmp_path) == []
+    train(build_tiny, tmp_path, settings)
+    assert [line["update"] for line in read_lines(tmp_path)] == list(range(1, 9))
+
+
+def test_no_restart_inside_a_rollout(build_tiny: Build, tmp_path: Path) -> None:
+    """A source that serves several updates from one rollout is checkpointed between rollouts only."""
+
+    class Rollouts:
+        num_updates = 8
+
+        def __init__(self, inner: PackedTrees):
+            self.inner = inner
+
+        def resumable(self, update: int) -> bool:
+            return update % 4 == 0
+
+        def step(self, update: int, model: PreTrainedModel) -> Step:
+            return self.inner.step(update, model)
+
+    settings = build_settings(checkpoint_every=1)
+    seen: list[list[int]] = []
+
+    def report(line: Mapping[str, Any]) -> None:
+        del line
+        seen.append([int(p.name[-8:]) for p in list_checkpoints(tmp_path)])
+
+    fit(build_tiny(), Rollouts(build_source(settings)), build_ntp(), settings, tmp_path, report=report)
+    assert seen == [[], [], [], [], [4], [4], [4], [4]]  # the report of update u comes before its checkpoint
+
+
+def test_metrics_lines(build_tiny: Build, tmp_path: Path) -> None:
+    settings = build_settings(log_every=3, optimizer=OPTIMIZERS["muon"])
+    source = build_source(settings)
+    result: FitResult = fit(build_tiny(), source, build_ntp(), settings, tmp_path)
+    lines = read_lines(tmp_path)
+    assert [line["update"] for line in lines] == [3, 6, 8]  # every third, and the last
+    for line in lines:
+        batches = [b for u in range(line["update"]) for b in source.step(u).batches]
+        assert line["num_updates"] == 8
+        assert line["tokens"] == sum(b.num_tokens for b in batches)
+        assert line["targets"] == sum(b.num_targets for b in batches)
+        assert line["tokens_per_second"] > 0
+        left = line["seconds"] / line["update"] * (8 - line["update"])
+        assert line["eta_seconds"] == pytest.approx(left, abs=0.11)
+        assert line["grad_norm"] > 0
+        assert line["loss"] == pytest.approx(line["ntp/nll"], rel=1e-6)
+    # Warm-up over one update, linear over the other seven: updates 3 and 8 are number 2 and 7.
+    assert lines[0]["lr"] == pytest.approx(0.01 * (1 - 1 / 7))
+    assert lines[2]["lr"] == pytest.approx(0.01 * (1 - 6 / 7))
+    assert (result.num_updates, result.tokens, result.targets) == (8, lines[2]["tokens"], lines[2]["targets"])
+    assert result.last == lines[2]
+
+
+def test_a_progress_line_tells_the_rate_and_the_time_left(build_tiny: Build, tmp_path: Path) -> None:
+    shown: list[str] = []
+    settings = build_settings(updates=2)
+    fit(build_tiny(), build_source(settings), build_ntp(), settings, tmp_path, report=lambda x: shown.append(describe_line(x)))
+    assert len(shown) == 2
+    for text in shown:
+        assert "loss" in text
+        assert "tok/s" in text
+        assert "s left" in text
+    line = {"loss": 1.23456, "tokens_per_second": 5321.7, "eta_seconds": 61.2, "update": 1, "num_updates": 2}
+    assert describe_line(line) == "loss 1.235, 5,322 tok/s, 61 s left"
+
+
+def test_a_torn_last_line_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"update": 1, "loss": 3.0}\n{"update": 2, "loss": 2.0}\n{"update": 3, "lo')
+    log = MetricsLog(path, 2)
+    log.write({"update": 3, "loss": 1.0})
+    assert read_lines(tmp_path) == [{"update": u, "loss": 4.0 - u} for u in (1, 2, 3)]
+
+
+def test_lines_past_the_checkpoint_are_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"update": u}) + "\n" for u in range(1, 8)))
+    MetricsLog(path, 4)
+    assert [line["update"] for line in read_lines(tmp_path)] == [1, 2, 3, 4]
+    MetricsLog(path, 0)
+    assert read_lines(tmp_path) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_kill_while_the_log_is_repaired_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines up to the checkpoint are made by nobody again: the file must be replaced, not emptied and refilled."""
+    path = tmp_path / "metrics.jsonl"
+    before = "".join(json.dumps({"update": u}) + "\n" for u in range(1, 8))
+    path.write_text(before)
+    real = Path.write_text
+
+    def torn(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        real(self, text[:5], *args, **kwargs)
+        raise Stopped
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(Stopped):
+        MetricsLog(path, 4)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights(build_tiny: Build, tmp_path: Path, value: float) -> None:
+    calls: list[int] = []
+
+    def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        calls.append(batch.num_targets)
+        factor = value if len(calls) > 4 else 1.0  # the fifth micro-batch: update 2
+        return Loss(-scores.logprobs_N.sum() * factor, torch.tensor(float(batch.num_targets)))
+
+    settings = build_settings()
+    source = build_source(settings)
+    model = build_tiny()
+    states: list[dict[str, torch.Tensor]] = []
+
+    def report(line: Mapping[str, Any]) -> None:
+        del line
+        states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    with pytest.raises(NonFiniteError, match=r"update 2.*weights were not changed.*learning rate"):
+        fit(model, source, Objective("bad", compute), settings, tmp_path, report=report)
+    assert len(states) == 2
+    assert all(torch.equal(p.detach(), states[1][name]) for name, p in model.named_parameters())
+    saved = load_file(tmp_path / "nonfinite-update-2.safetensors")
+    for number, batch in enumerate(source.step(2).batches):
+        assert torch.equal(saved[f"{number}.tokens_T"], batch.tokens_T)
+        assert torch.equal(saved[f"{number}.streams.ref_logprobs"], batch.streams["ref_logprobs"])
+    assert len(read_lines(tmp_path)) == 2
+
+
+def test_a_gradient_that_is_not_finite_stops_too(build_tiny: Build, tmp_path: Path) -> None:
+    def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        del batch
+        # sqrt(x - x) is 0 with an infinite slope.
+        zero = (scores.logprobs_N - scores.logprobs_N.detach()).sum()
+        return Loss(zero.abs().sqrt(), torch.tensor(1.0))
+
+    settings = build_settings()
+    with pytest.raises(NonFiniteError, match="gradient norm"):
+        fit(build_tiny(), build_source(settings), Objective("bad", compute), settings, tmp_path)
+
+
+def test_a_full_disk_at_a_checkpoint_can_be_cured(
+    build_tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = build_settings(checkpoint_every=3)
+    whole = train(build_tiny, tmp_path / "whole", settings)
+    workdir = tmp_path / "parts"
+    real = loop.save_checkpoint
+
+    def full(workdir: Path, model: PreTrainedModel, optimizers: Any, progress: Any) -> None:
+        if progress.update == 6:
+            raise StoreError("no space")
+        real(workdir, model, optimizers, progress)
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    with pytest.raises(StoreError):
+        train(build_tiny, workdir, settings)
+    assert [p.name for p in list_checkpoints(workdir)] == ["checkpoint-00000003"]
+    monkeypatch.undo()
+    parts = train(build_tiny, workdir, settings)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_gradients_are_clipped_to_the_norm(build_tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+
+    def spy(loss: float, norm: float, batches: Any, update: int, workdir: Path) -> None:
+        del loss, batches, update, workdir
+        grads = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        norms.extend([norm, float(torch.stack(grads).norm())])
+
+    monkeypatch.setattr(loop, "_require_finite", spy)
+    for clip_norm, factor in ((0.25, None), (0.0, 1.0)):
+        norms.clear()
+        model = build_tiny()
+        settings = build_settings(updates=1, optimizer=OptimizerSettings(clip_norm=clip_norm))
+        fit(model, build_source(settings), build_ntp(), settings, tmp_path / str(clip_norm))
+        before, after = norms
+        assert before > 0.5
+        assert after == pytest.approx(before if factor else clip_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_remit_without_eps_is_next_token_prediction_to_the_bit(build_tiny: Build, tmp_path: Path, kind: str) -> None:
+    settings = build_settings(optimizer=OPTIMIZERS[kind])
+    results = {}
+    for name, eps in (("ntp", None), ("remit", 0.0), ("weighted", 0.8)):
+        objective = build_ntp()
+        if eps is not None:
+            objective = build_remit(
+                eps=eps, temperature=1.0, centring="sequence", base="live", denominator="tokens", shuffled=False
+            )
+        model = build_tiny()
+        fit(model, build_source(settings), objective, settings, tmp_path / name)
+        results[name] = {key: p.detach().clone() for key, p in model.named_parameters()}
+    assert all(torch.equal(results["ntp"][key], results["remit"][key]) for key in results["ntp"])
+    assert not any(torch.equal(results["ntp"][key], results["weighted"][key]) for key in results["ntp"])
+    losses = [[line["loss"] for line in read_lines(tmp_path / name)] for name in ("ntp", "remit")]
+    assert losses[0] == losses[1]
