@@ -130,11 +130,6 @@ class TrainSettings(Settings):
     updates: Count | None = None
     epochs: Positive | None = None
     bin_tokens: Count = Field(1024, description="length of a packed bin")
-    bins_per_update: Count = 1
-    micro_bins: Number = Field(0, description="bins in one forward pass; 0 = all of the update's")
-    too_long: Literal["error", "truncate", "drop", "split"] = Field(
-        "error", description="an example longer than the context; split is for plain documents only"
-    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -151,12 +146,22 @@ class TrainSettings(Settings):
         return self
 
 
-class PretrainSettings(TrainSettings):
+class PackedSettings(TrainSettings):
+    """What every stage has that packs a data set once and walks over the bins."""
+
+    bins_per_update: Count = 1
+    micro_bins: Number = Field(0, description="bins in one forward pass; 0 = all of the update's")
+    too_long: Literal["error", "truncate", "drop", "split"] = Field(
+        "error", description="an example longer than the context; split is for plain documents only"
+    )
+
+
+class PretrainSettings(PackedSettings):
     model: ModelShape = ModelShape()
     too_long: Literal["error", "truncate", "drop", "split"] = "split"
 
 
-class MidtrainSettings(TrainSettings):
+class MidtrainSettings(PackedSettings):
     """Annealing; docs/flywheel.md explains each knob."""
 
     too_long: Literal["error", "truncate", "drop", "split"] = "split"
@@ -174,12 +179,12 @@ class MidtrainSettings(TrainSettings):
     top_k: Count = Field(16, description="distill: tokens of the reference's distribution that are kept")
 
 
-class SFTSettings(TrainSettings):
+class SFTSettings(PackedSettings):
     train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last")
     chat_template: str | None = Field(None, description="set this template of ours; needed where the base has none")
 
 
-class DPOSettings(TrainSettings):
+class DPOSettings(PackedSettings):
     beta: Positive = 0.1
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
 
@@ -200,6 +205,12 @@ class GRPOSettings(TrainSettings):
     normalize: Literal["tokens", "sequences", "constant"] = "tokens"
     advantage_scale: Literal["std", "none"] = "std"
     time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> GRPOSettings:
+        if self.prompts_per_rollout < self.updates_per_rollout:
+            raise ValueError("prompts_per_rollout must be at least updates_per_rollout: each update takes whole groups")
+        return self
 
 
 class PairsSettings(Settings):

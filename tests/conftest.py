@@ -24,7 +24,7 @@ from polm.config import Settings
 from polm.data.readers import read_documents
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.store import Work, execute, external_key
-from polm.models.loading import build_model, load_tokenizer
+from polm.models.loading import build_model, load_tokenizer, save_model
 from polm.recipe import (
     AnnotateSettings,
     DataStage,
@@ -183,3 +183,13 @@ def hash_files() -> Callable[[Path], dict[str, str]]:
         return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def other_model(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same layout with another tokenizer (words in another order)."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    texts = [text[::-1] for text in read_documents(tiny_data / "pretrain.jsonl")]
+    tokenizer = train_tokenizer(texts, kind="word", vocab_size=200)
+    save_model(build_tiny_model(len(tokenizer)), tokenizer, folder)
+    return folder

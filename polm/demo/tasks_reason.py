@@ -48,22 +48,23 @@ def work_sort(prompt: str, pen: Pen) -> tuple[str, str]:
 
 
 def ask_count(rng: Random) -> str:
-    """Every number of matches from 1 to 6 of 8 is as likely, so that guessing does not pay."""
-    wanted = rng.choice(COLOURS)
-    num_matches = rng.randint(1, 6)
-    others = [colour for colour in COLOURS if colour != wanted]
-    colours = [wanted] * num_matches + rng.choices(others, k=8 - num_matches)
+    """One colour is wanted, in one of four prompts two. As likely are all numbers of matches from 1 to 6 of 8."""
+    num_wanted, num_matches = rng.choice((1, 1, 1, 2)), rng.randint(1, 6)
+    shuffled = rng.sample(COLOURS, len(COLOURS))
+    wanted, others = shuffled[:num_wanted], shuffled[num_wanted:]
+    colours = rng.choices(wanted, k=num_matches) + rng.choices(others, k=8 - num_matches)
     rng.shuffle(colours)
-    return f"count {wanted} in {' , '.join(colours)} ."
+    return f"count {' or '.join(wanted)} in {' , '.join(colours)} ."
 
 
 def work_count(prompt: str, pen: Pen) -> tuple[str, str]:
     """`count red in blue , red , red .` -> `blue 0 red 1 red 2`, `2`: the list again, with a running count."""
-    wanted = prompt.split()[1]
+    question, colours = prompt.removesuffix(" .").split(" in ")
+    wanted = question.removeprefix("count ").split(" or ")
     count = 0
     steps: list[str] = []
-    for colour in prompt.split()[3:-1:2]:
-        step = int(colour == wanted)
+    for colour in colours.split(" , "):
+        step = int(colour in wanted)
         count += pen.choose(step, [1 - step])
         steps.append(f"{colour} {count}")
     return " ".join(steps), str(count)
@@ -118,7 +119,7 @@ def _turn_hour(hour: int, is_later: bool, steps: list[str]) -> int:
 
 
 def ask_word(rng: Random) -> str:
-    """One in three stories is a gift between two owners; the others are two events that befall one of them."""
+    """One in three stories is a gift between two owners; the others are one or two events that befall one of them."""
     owner, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     start, num_given = rng.randint(5, 15), rng.randint(2, 5)
@@ -132,8 +133,8 @@ def ask_word(rng: Random) -> str:
         f"finds {rng.randint(2, 9)} more",
         rng.choice((f"loses {num_given}", f"gives {num_given} to {other}")),
     ]
-    first, second = rng.sample(events, 2)
-    return f"{owner} has {start} {thing} , {first} and {second} . how many {thing} has {owner} ?"
+    told = " and ".join(rng.sample(events, rng.randint(1, 2)))
+    return f"{owner} has {start} {thing} , {told} . how many {thing} has {owner} ?"
 
 
 def work_word(prompt: str, pen: Pen) -> tuple[str, str]:

@@ -12,9 +12,9 @@ from polm.recipe import (
     EvalSettings,
     GRPOSettings,
     ModelShape,
+    PackedSettings,
     PairsSettings,
     Recipe,
-    TrainSettings,
 )
 
 BYTES_PER_TRAINED_PARAMETER = 16  # float32 weight, gradient and two moments
@@ -50,7 +50,7 @@ def estimate_node(node: Node, recipe: Recipe) -> Estimate:
         rollouts = (settings.updates or 0) / settings.updates_per_rollout
         samples = round(rollouts * settings.prompts_per_rollout * settings.samples) if settings.updates else None
         return Estimate(settings.updates, None, samples, _training_bytes(parameters, shape, settings.bin_tokens))
-    if isinstance(settings, TrainSettings):
+    if isinstance(settings, PackedSettings):
         per_update = settings.bin_tokens * settings.bins_per_update
         tokens = settings.updates * per_update if settings.updates else None
         micro = settings.bin_tokens * (settings.micro_bins or settings.bins_per_update)

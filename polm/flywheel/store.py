@@ -26,6 +26,7 @@ from polm.recipe import DataStage, FolderData, WordProblemsData
 from polm.stages.common import Context, Stage, StageResult
 
 MANIFEST = "manifest.json"
+CLAIM = ".key"  # in an unfinished artifact: what it will be
 KEY_LENGTH = 12
 
 
@@ -41,10 +42,13 @@ def compute_key(stage: Stage, settings: Settings, input_keys: Mapping[str, str])
 
 
 def external_key(source: str) -> str:
-    """The key of an input from outside the store: its manifest's key, its content's hash, or a hub id as it is."""
+    """The key of an input from outside the store: its manifest's key, its content's hash, or a hub id as it is.
+
+    Raises StoreError for an artifact whose files are not what its manifest says.
+    """
     path = Path(source)
     if (path / MANIFEST).is_file():
-        return str(read_manifest(path)["key"])
+        return str(check_artifact(path, str(read_manifest(path)["key"]))["key"])
     return fingerprint_path(path) if path.exists() else f"hub:{source}"
 
 
@@ -140,8 +144,9 @@ def execute(work: Work, context: Context) -> dict[str, Any]:
         clock = time.perf_counter()
         try:
             result = work.stage.run(work.settings, context)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except BaseException as error:
+            _unclaim(work.folder)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreError(
                     f"the disk is full while writing {work.folder}; free space and run the same command again"
                 ) from error
@@ -152,13 +157,21 @@ def execute(work: Work, context: Context) -> dict[str, Any]:
 def _claim(folder: Path, key: str) -> None:
     """Note in an unfinished folder which key it is for; leftovers of another key are refused, never mixed."""
     folder.mkdir(parents=True, exist_ok=True)
-    claim = folder / ".key"
-    if claim.is_file() and claim.read_text() != key:
+    claim = folder / CLAIM
+    owner = claim.read_text() if claim.is_file() else ""  # empty after a kill within the write below
+    if owner not in ("", key):
         raise StoreError(f"{folder} holds an unfinished artifact of other settings; remove it or give another folder")
-    if not claim.is_file():
-        if any(folder.iterdir()):
+    if not owner:
+        if any(path != claim for path in folder.iterdir()):
             raise StoreError(f"{folder} is not empty and holds no artifact of ours; give an empty or new folder")
         claim.write_text(key)
+
+
+def _unclaim(folder: Path) -> None:
+    """After a failure that left nothing (a mistake in the inputs), the folder must not stand in the way of the cure."""
+    if [path.name for path in folder.iterdir()] == [CLAIM]:
+        (folder / CLAIM).unlink()
+        folder.rmdir()
 
 
 def write_manifest(work: Work, key: str, result: StageResult, started: datetime, seconds: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -26,9 +27,9 @@ from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import pick_device, set_threads, use_bf16
 from polm.engine.fit import BatchSource, fit
-from polm.errors import DataError, ModelError, UserError
+from polm.errors import DataError, ModelError, StoreError, UserError
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
-from polm.recipe import TrainSettings
+from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
 from polm.tokens import Array, Objective, Tree
@@ -149,7 +150,7 @@ def train_on_trees(
     base: Base,
     trees: Sequence[Tree],
     objective: Objective,
-    settings: TrainSettings,
+    settings: PackedSettings,
     ledger: Ledger,
     more: Mapping[str, Any] | None = None,
 ) -> StageResult:
@@ -159,7 +160,7 @@ def train_on_trees(
     return train(context, base, packed, objective, settings, ledger, more=more)
 
 
-def build_source(trees: Sequence[Tree], settings: TrainSettings, ledger: Ledger) -> PackedTrees:
+def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger) -> PackedTrees:
     """Pack trees as the settings say, and count what packing did."""
     packed = pack_trees(
         trees,
@@ -266,7 +267,14 @@ def save_annotation(folder: Path, annotation: Annotation, fingerprint: Mapping[s
 
 def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], top_k: int) -> Annotation:
     """Read scores; UserError where they belong to another tokenizer or other data, or lack the top-k."""
-    found = json.loads((folder / "fingerprint.json").read_text())
+    try:
+        found = json.loads((folder / "fingerprint.json").read_text())
+        arrays = load_file(folder / "scores.safetensors")
+        found["tokenizer"], found["data"], found["top_k"], arrays["logprobs"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StoreError(
+            f"the scores in {folder} cannot be read ({error}); remove that folder and annotate again"
+        ) from error
     checks = {"tokenizer": fingerprint_tokenizer(tokenizer), "data": fingerprint_trees(trees)}
     for what, expected in checks.items():
         if found[what] != expected:
@@ -279,7 +287,6 @@ def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Seq
             f"the scores in {folder} keep the top {found['top_k']} tokens, {top_k} are needed; "
             f"annotate with top_k={top_k}"
         )
-    arrays = load_file(folder / "scores.safetensors")
     ids, values = arrays.get("top_ids"), arrays.get("top_logprobs")
     if not top_k or ids is None or values is None:
         return Annotation(arrays["logprobs"])

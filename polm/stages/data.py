@@ -36,9 +36,8 @@ def run(settings: DataStage, context: Context) -> StageResult:
         case FolderData() as folder:
             summary = copy_folder(folder.path, context.workdir)
     ledger = {k: v for k, v in summary.get("ledger", {}).items() if isinstance(v, int)}
-    files = summary.get("files", {})
-    rows = {f"rows/{name}": info["rows"] for name, info in files.items() if isinstance(info, dict) and "rows" in info}
-    return StageResult(rows, ledger)
+    counts = {f"records/{name}": info["num_records"] for name, info in summary["files"].items()}
+    return StageResult(counts, ledger)
 
 
 def copy_folder(source: Path, out: Path) -> dict[str, Any]:
@@ -48,16 +47,16 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for name, read in READERS.items():
         if (source / name).is_file():
-            files[name] = {"rows": len(read(source / name))}
+            files[name] = {"num_records": len(read(source / name))}
             shutil.copyfile(source / name, out / name)
     if not files:
         found = ", ".join(sorted(p.name for p in source.iterdir())[:10]) or "nothing"
         raise DataError(f"{source} holds none of {', '.join(READERS)} (found: {found})")
     if (source / "benchmarks").is_dir():
         for name, items in read_benchmark_folder(source / "benchmarks").items():
-            files[f"benchmarks/{name}.jsonl"] = {"rows": len(items)}
+            files[f"benchmarks/{name}.jsonl"] = {"num_records": len(items)}
         shutil.copytree(source / "benchmarks", out / "benchmarks", dirs_exist_ok=True)
-    summary = {"files": files, "ledger": {"rows": sum(info["rows"] for info in files.values())}}
+    summary = {"files": files, "ledger": {"records": sum(info["num_records"] for info in files.values())}}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

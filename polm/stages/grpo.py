@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,11 @@ from transformers import PreTrainedModel
 
 from polm.data.packing import epoch_order, pack_best_fit
 from polm.data.readers import Prompt, read_prompts
+from polm.engine.checkpoint import list_checkpoints
 from polm.engine.device import use_bf16
 from polm.engine.fit import MetricsLog
 from polm.engine.score import score
-from polm.errors import DataError
+from polm.errors import DataError, UserError
 from polm.objectives.policy_gradient import build_policy_gradient
 from polm.recipe import GRPOSettings
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
@@ -37,6 +37,7 @@ from polm.stages.common import (
     train,
 )
 from polm.text.chat import render_prompt, stop_token_ids
+from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
 
 
@@ -103,6 +104,8 @@ class RolloutSource:
 
     def _pack(self, trees: Sequence[Tree], model: PreTrainedModel) -> list[TokenBatch]:
         """Micro-batches of at most `bin_tokens`, with the scores that the objective will compare against."""
+        if not trees:  # a part of the rollout whose samples were all left out
+            return []
         lengths = [tree_length(tree) for tree in trees]
         capacity = max(self.settings.bin_tokens, max(lengths))
         batches = [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
@@ -215,12 +218,10 @@ def run(settings: GRPOSettings, context: Context) -> StageResult:
     ledger["prompts"] = len(prompts)
     per_epoch = max(1, len(prompts) // settings.prompts_per_rollout) * settings.updates_per_rollout
     num_updates = settings.updates or max(1, round((settings.epochs or 1.0) * per_epoch))
-    reference: Any = None
-    if settings.kl_beta > 0:
-        reference = load_base(context.inputs.get("reference", context.inputs["base"])).model.eval()
+    require_room(encoded, base.max_positions)
     source = RolloutSource(
         base=base,
-        reference=reference,
+        reference=load_reference(settings, context, base),
         prompts=prompts,
         encoded=encoded,
         settings=settings,
@@ -238,10 +239,31 @@ def run(settings: GRPOSettings, context: Context) -> StageResult:
     return train(context, base, source, objective, settings, ledger, temperature=settings.temperature)
 
 
+def require_room(prompts: Sequence[Array], context: int) -> None:
+    """A prompt without room for an answer is an error now, and not when its turn comes."""
+    for number, ids in enumerate(prompts):
+        if len(ids) >= context:
+            raise DataError(
+                f"prompt {number} has {len(ids)} tokens, and the model's context is {context}: no room is left for an "
+                "answer; take it out of prompts.jsonl, or train a model with a longer context"
+            )
+
+
+def load_reference(settings: GRPOSettings, context: Context, base: Base) -> PreTrainedModel | None:
+    """The model that the KL penalty pulls to: the input `reference`, or the base as it is given."""
+    if settings.kl_beta == 0:
+        if "reference" in context.inputs:
+            raise UserError(
+                "a reference is given, but kl_beta is 0 and nothing would read it; set kl_beta, or leave it out"
+            )
+        return None
+    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
+    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
+    return reference.model.eval()
+
+
 def resume_point(context: Context) -> int:
     """The update from which a killed run goes on (0 for a fresh one)."""
-    from polm.engine.checkpoint import list_checkpoints
-
     found = list_checkpoints(context.workdir)
     return int(found[-1].name.rpartition("-")[2]) if found else 0
 

@@ -26,6 +26,12 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
+def answer_count(prompt: str) -> str:
+    words = prompt.split()
+    start = words.index("in")
+    return str(sum(words[start:].count(wanted) for wanted in set(words[1:start]) - {"or"}))
+
+
 def answer_clock(prompt: str) -> str:
     hour, minute, delta = numbers(prompt)
     total = (60 * hour + minute + (delta if " plus " in prompt else -delta)) % (24 * 60)
@@ -33,7 +39,7 @@ def answer_clock(prompt: str) -> str:
 
 
 def answer_bits(prompt: str) -> str:
-    left, name, right = re.fullmatch(r"bits (\d+) (\w+) (\d+) in decimal \.", prompt).groups()  # type: ignore[union-attr]
+    ((left, name, right),) = re.findall(r"^bits (\d+) (\w+) (\d+) in decimal \.$", prompt)
     a, b = int(left, 2), int(right, 2)
     return str({"and": a & b, "or": a | b, "xor": a ^ b}[name])
 
@@ -65,7 +71,7 @@ ANSWERS = {
     "mul": lambda prompt: str(numbers(prompt)[0] * numbers(prompt)[1]),
     "max": lambda prompt: str(max(numbers(prompt))),
     "sort": lambda prompt: " , ".join(str(number) for number in sorted(numbers(prompt))),
-    "count": lambda prompt: str(prompt.split(" in ")[1].split().count(prompt.split()[1])),
+    "count": answer_count,
     "clock": answer_clock,
     "word": answer_word,
     "bits": answer_bits,
@@ -81,10 +87,12 @@ WORKED = [
     ("max", "largest of 47 , 12 , 85 .", "47 > 12 , 47 < 85", "85"),
     ("sort", "sort 47 , 12 , 85 , 30 .", "12 , 47 ; 12 , 47 , 85", "12 , 30 , 47 , 85"),
     ("count", "count red in blue , red , red .", "blue 0 red 1 red 2", "2"),
+    ("count", "count red or blue in blue , white , red .", "blue 1 white 1 red 2", "2"),
     ("clock", "clock 9 : 47 plus 30 minutes .", "47 + 30 = 77 , 77 - 60 = 17 , 9 + 1 = 10", "10 : 17"),
     ("clock", "clock 23 : 55 plus 10 minutes .", "55 + 10 = 65 , 65 - 60 = 5 , 23 + 1 = 24 , 24 - 24 = 0", "0 : 05"),
     ("clock", "clock 0 : 05 minus 10 minutes .", "5 + 60 = 65 , 65 - 10 = 55 , 0 + 24 = 24 , 24 - 1 = 23", "23 : 55"),
     ("word", "ben has 14 books and omar has 5 . ben gives 3 to omar . how many books has omar ?", "5 + 3 = 8", "8"),
+    ("word", "ben has 14 books , buys 2 boxes of 3 . how many books has ben ?", "2 * 3 = 6 , 14 + 6 = 20", "20"),
     ("bits", "bits 1011 xor 0110 in decimal .", "1101 : 1 , 3 , 6 , 13", "13"),
     ("code", "code x = 4 ; y = 2 ; y = x + y ; print y .", "y = 4 + 2 = 6", "6"),
 ]

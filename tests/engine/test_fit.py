@@ -21,7 +21,7 @@ from polm.engine.fit import FitResult, MetricsLog, fit
 from polm.errors import NonFiniteError, StoreError
 from polm.objectives.ntp import build_ntp
 from polm.objectives.remit import build_remit
-from polm.recipe import OptimizerSettings, ScheduleSettings, TrainSettings
+from polm.recipe import OptimizerSettings, PackedSettings, ScheduleSettings
 from polm.tokens import Loss, Objective, Scores, Step, TokenBatch, build_document
 
 Build = Callable[..., PreTrainedModel]
@@ -35,7 +35,7 @@ class Stopped(Exception):
     """Stands in for a kill between two updates."""
 
 
-def build_settings(**changes: Any) -> TrainSettings:
+def build_settings(**changes: Any) -> PackedSettings:
     values = {
         "seed": 3,
         "updates": 8,
@@ -45,10 +45,10 @@ def build_settings(**changes: Any) -> TrainSettings:
         "precision": "fp32",
         "schedule": ScheduleSettings(kind="linear", warmup_updates=1),
     }
-    return TrainSettings(**{**values, **changes})
+    return PackedSettings(**{**values, **changes})
 
 
-def build_source(settings: TrainSettings, num_docs: int = 24) -> PackedTrees:
+def build_source(settings: PackedSettings, num_docs: int = 24) -> PackedTrees:
     rng = np.random.default_rng(0)
     trees = [
         build_document(ids, {"ref_logprobs": rng.uniform(-6.0, -0.1, len(ids)).astype(np.float32)})
@@ -65,7 +65,7 @@ def build_source(settings: TrainSettings, num_docs: int = 24) -> PackedTrees:
     )
 
 
-def train(build_tiny: Build, workdir: Path, settings: TrainSettings, stop_after: int = 0) -> dict[str, torch.Tensor]:
+def train(build_tiny: Build, workdir: Path, settings: PackedSettings, stop_after: int = 0) -> dict[str, torch.Tensor]:
     """Weights after `fit` from the same start; with `stop_after` it is cut off after that many updates of this call."""
     model = build_tiny()
     lines: list[Mapping[str, Any]] = []

@@ -1,0 +1,82 @@
+"""`polm data`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polm.data.readers import read_conversations, read_documents, read_prompts
+from polm.errors import DataError
+from polm.recipe import DataStage, FolderData
+from polm.stages.common import Context
+from polm.stages.data import run
+
+FILES = ("pretrain.jsonl", "midtrain.jsonl", "sft.jsonl", "prompts.jsonl")
+
+
+def test_the_demo(artifact: Any, read_manifest: Any) -> None:
+    folder = artifact("data")
+    summary = json.loads((folder / "summary.json").read_text())
+    settings = artifact.spec("data")[1].data
+    assert len(read_documents(folder / "pretrain.jsonl")) == settings.num_pretrain_docs
+    assert len(read_documents(folder / "midtrain.jsonl")) == settings.num_midtrain_docs
+    assert len(read_conversations(folder / "sft.jsonl")) == settings.num_sft
+    assert len(read_prompts(folder / "prompts.jsonl")) == settings.num_prompts
+    assert len(list((folder / "benchmarks").glob("*.jsonl"))) == 10
+    manifest = read_manifest(folder)
+    assert manifest["ledger"] == summary["ledger"]
+    assert manifest["ledger"]["contaminated"] == 0
+    # The manifest says how many records each file has.
+    assert {name: manifest["summary"][f"records/{name}"] for name in FILES} == {
+        "pretrain.jsonl": settings.num_pretrain_docs,
+        "midtrain.jsonl": settings.num_midtrain_docs,
+        "sft.jsonl": settings.num_sft,
+        "prompts.jsonl": settings.num_prompts,
+    }
+
+
+def copy(source: Path, out: Path) -> Any:
+    out.mkdir()
+    return run(DataStage(data=FolderData(source="folder", path=source)), Context(out, {}))
+
+
+def test_a_folder_of_ones_own(tiny_data: Path, tmp_path: Path) -> None:
+    result = copy(tiny_data, tmp_path / "out")
+    for name in FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (tiny_data / name).read_bytes()
+    names = sorted(p.name for p in (tiny_data / "benchmarks").iterdir())
+    assert sorted(p.name for p in (tmp_path / "out" / "benchmarks").iterdir()) == names
+    assert result.summary["records/sft.jsonl"] == 24
+    assert result.ledger["records"] == 240 + 40 + 24 + 16 + 10
+
+
+def test_a_folder_with_a_broken_line(tiny_data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    shutil.copytree(tiny_data, source)
+    lines = (source / "sft.jsonl").read_text().splitlines()
+    lines[4] = lines[4][:-7]
+    (source / "sft.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"mine/sft.jsonl:5: not valid JSON"):
+        copy(source, tmp_path / "out")
+
+
+def test_a_folder_with_a_part_only(tiny_data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    source.mkdir()
+    shutil.copy(tiny_data / "sft.jsonl", source)
+    result = copy(source, tmp_path / "out")
+    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["sft.jsonl", "summary.json"]
+    assert dict(result.ledger) == {"records": 24}
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data set folder at .*nowhere; it should hold pretrain.jsonl"):
+        copy(tmp_path / "nowhere", tmp_path / "a")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"holds none of pretrain.jsonl.*\(found: train.jsonl\)"):
+        copy(tmp_path / "mine", tmp_path / "b")

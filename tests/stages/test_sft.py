@@ -1,0 +1,105 @@
+"""`polm sft`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polm.data.readers import read_conversations
+from polm.errors import DataError, ModelError
+from polm.models.loading import load_tokenizer
+from polm.recipe import SFTSettings
+
+
+def test_a_turn(artifact: Any, check_trained: Any, check_packed: Any, read_rows: Any) -> None:
+    folder = artifact("sft")
+    check_trained(folder, artifact("midtrain"))
+    check_packed(folder, 192)
+    losses = [line["loss"] for line in read_rows(folder / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def test_the_ledger_against_the_texts(artifact: Any, read_manifest: Any) -> None:
+    """Recounted with the bare tokenizer: role marker, question, role marker, answer, end."""
+    tokenizer = load_tokenizer(artifact("sft") / "model")
+    count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    chats = read_conversations(artifact("data") / "sft.jsonl")
+    answers = sum(count(chat[1]["content"]) + 1 for chat in chats)
+    questions = sum(count(chat[0]["content"]) + 2 for chat in chats)
+    ledger = read_manifest(artifact("sft"))["ledger"]
+    assert (ledger["read"], ledger["kept"]) == (24, 24)
+    assert ledger["tokens_supervised"] == answers
+    assert ledger["tokens_read"] == answers + questions
+    assert read_manifest(artifact("sft"))["summary"]["targets"] == answers  # one epoch
+
+
+def test_the_answer_is_marked(artifact: Any) -> None:
+    text = (artifact("sft") / "example.txt").read_text().strip()
+    first = read_conversations(artifact("data") / "sft.jsonl")[0]
+    before, marked = text.rstrip("⟧").split("⟦")
+    assert marked.replace(" ", "") == (first[1]["content"] + "<|eos|>").replace(" ", "")
+    assert before.replace(" ", "") == f"<|user|>{first[0]['content']}<|assistant|>".replace(" ", "")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def test_a_file_in_place_of_the_folder(artifact: Any, tmp_path: Path) -> None:
+    data = write(tmp_path / "mine.jsonl", [chat("add 1 and 2 .", "#### 3"), chat("add 2 and 2 .", "#### 4")])
+    inputs = {"base": str(artifact("midtrain")), "data": data}
+    manifest = artifact.run("sft", SFTSettings(bin_tokens=64, updates=1), inputs, tmp_path / "out")
+    assert manifest["ledger"]["read"] == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("truncate", {"truncated": 1, "kept": 2}), ("drop", {"dropped": 1, "kept": 1})],
+)
+def test_long_conversations(artifact: Any, tmp_path: Path, policy: str, expected: dict[str, int]) -> None:
+    data = write(tmp_path / "mine.jsonl", [chat("add 1 and 2 .", "#### 3"), chat("add 1 and 2 .", "1 " * 100)])
+    inputs = {"base": str(artifact("midtrain")), "data": data}
+    settings = {"bin_tokens": 64, "updates": 1, "too_long": policy}
+    manifest = artifact.run("sft", SFTSettings(**settings), inputs, tmp_path / "out")
+    assert {name: manifest["ledger"].get(name, 0) for name in expected} == expected
+
+
+def test_mistakes(artifact: Any, tmp_path: Path) -> None:
+    base = str(artifact("midtrain"))
+    settings = SFTSettings(bin_tokens=64, updates=1)
+
+    def run(data: str, out: str, changes: dict[str, Any] | None = None) -> None:
+        artifact.run("sft", settings.model_copy(update=changes or {}), {"base": base, "data": data}, tmp_path / out)
+
+    long = write(tmp_path / "long.jsonl", [chat("add 1 and 2 .", "1 " * 100)])
+    with pytest.raises(DataError, match=r"conversation 0 has 1\d\d tokens, and the context is 64.*too_long: truncate"):
+        run(long, "a")
+    with pytest.raises(DataError, match=r"data: expected the file sft.jsonl in .*nowhere.*\(found: no such folder\)"):
+        run(str(tmp_path / "nowhere"), "b")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"expected the file sft.jsonl in .*\(found: train.jsonl\)"):
+        run(str(tmp_path / "empty"), "c")
+    with pytest.raises(ModelError, match="template"):
+        run(str(artifact("data")), "d", {"chat_template": "chatml"})  # its control tokens are not in the vocabulary
+
+
+def test_tokenizer_and_model_must_belong_together(artifact: Any, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "mixed"
+    shutil.copytree(artifact("midtrain") / "model", folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"new{i}" for i in range(5)])
+    tokenizer.save_pretrained(folder)
+    inputs = {"base": str(folder), "data": str(artifact("data"))}
+    with pytest.raises(ModelError, match=r"has \d+ tokens and the model only \d+ embeddings; they do not belong together"):
+        artifact.run("sft", SFTSettings(), inputs, tmp_path / "out")
