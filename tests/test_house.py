@@ -77,7 +77,7 @@ def parse(path: Path) -> ast.Module:
 
 def room_of(module: str) -> str:
     """`polm.data.readers` -> `data`, `polm.tokens` -> `tokens`, `polm` itself -> empty."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def level_of(room: str) -> int:
@@ -133,7 +133,7 @@ def settings_classes() -> dict[str, type[Settings]]:
 
 
 def all_fields() -> set[str]:
-    """"Class.field" of every setting that must be read by attribute."""
+    """ "Class.field" of every setting that must be read by attribute."""
     return {
         f"{name}.{field}"
         for name, kind in settings_classes().items()
@@ -173,10 +173,18 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)
     more = {"updates": 4, "bin_tokens": 192, "schedule": schedule, "optimizer": muon, "checkpoint_every": 1}
-    workshop.run("pretrain", recipe.PretrainSettings(**more, model=artifact.spec("pretrain")[1].model),
-                 workshop.inputs("pretrain"), tmp_path / "more")
-    workshop.run("data", recipe.DataStage(data=recipe.FolderData(source="folder", path=tmp_path / "data")), {},
-                 tmp_path / "folder")
+    workshop.run(
+        "pretrain",
+        recipe.PretrainSettings(**more, model=artifact.spec("pretrain")[1].model),
+        workshop.inputs("pretrain"),
+        tmp_path / "more",
+    )
+    workshop.run(
+        "data",
+        recipe.DataStage(data=recipe.FolderData(source="folder", path=tmp_path / "data")),
+        {},
+        tmp_path / "folder",
+    )
     settings = recipe.Recipe(name="x")
     plan = build_plan(settings, build_graph(settings), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)
@@ -262,7 +270,9 @@ def test_nothing_hostile_can_run() -> None:
         for node in ast.walk(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            wrong += [f"{place}: imports {n}" for n in names if n.split(".")[0] in ("pickle", "marshal", "shelve", "dill")]
+            wrong += [
+                f"{place}: imports {n}" for n in names if n.split(".")[0] in ("pickle", "marshal", "shelve", "dill")
+            ]
             if isinstance(node, ast.keyword) and node.arg in ("shell", "trust_remote_code", "allow_pickle"):
                 wrong.append(f"{place}:{node.value.lineno}: {node.arg}=")
     assert wrong == []

@@ -39,7 +39,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -142,7 +142,7 @@ def runs_rm(
         doomed = [folder]
         if stale:
             kept = {node["artifact"] for node in json.loads((folder / "run.json").read_text())["nodes"]}
-            doomed = [p for p in (folder / "store").iterdir() if f"store/{p.name}" not in kept and p.is_dir()]
+            doomed = [p for p in (folder / "store").glob("*") if f"store/{p.name}" not in kept and p.is_dir()]
         for path in doomed:
             console.print(f"remove {path}", markup=False)
         if doomed and (yes or typer.confirm("sure?")):
@@ -151,7 +151,8 @@ def runs_rm(
 
 
 def run_stage(name: str, recipe: str | None, words: Sequence[str]) -> None:
-    """Run one stage on its own, into `out`."""
+    """Run one stage on its own, into `out`. Words are inputs or settings; `midtrain.base=frozen` is the setting `base`
+    where `base=…` is an input."""
     from polm.apps.show import StageBar, describe_summary
     from polm.flywheel.store import Work, execute, external_key
     from polm.stages.common import Context
@@ -160,8 +161,9 @@ def run_stage(name: str, recipe: str | None, words: Sequence[str]) -> None:
     stage = STAGES[name]
     roles = (*stage.inputs, *stage.optional_inputs, "out")
     given = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in roles and "=" in word)
-    overrides = [word for word in words if word.split("=", 1)[0] not in roles]
-    missing = [role for role in (*stage.inputs, "out") if role not in given]
+    prefix = "" if name in stage.settings.model_fields else f"{name}."
+    overrides = [word.removeprefix(prefix) for word in words if word.split("=", 1)[0] not in roles]
+    missing = [role for role in (*stage.inputs, "out") if not given.get(role)]
     if missing:
         usage = " ".join(f"{role}=…" for role in (*stage.inputs, "out"))
         raise UserError(f"polm {name} needs {', '.join(missing)}: polm {name} {usage} [setting=value …]")
@@ -178,12 +180,26 @@ def run_stage(name: str, recipe: str | None, words: Sequence[str]) -> None:
 
 
 def load_stage_settings(kind: type[Settings], name: str, recipe: str | None, overrides: Sequence[str]) -> Settings:
-    """A stage's settings from the section of a whole recipe, from a file of its own, or from defaults."""
+    """A stage's settings from the section of a whole recipe, from a file of its own, or from defaults.
+
+    A recipe has no section `annotate`: there it means the documents that the recipe's mid-training will read.
+    """
+    from polm.flywheel.graph import annotate_settings
+    from polm.recipe import MidtrainSettings
+
     file = find_recipe(recipe) if recipe else None
-    if file is not None and name == "data":
-        values, _ = read_yaml(file)
+    values = read_yaml(file)[0] if file is not None else {}
+    is_whole = "name" in values
+    if name == "data" and (is_whole or "data" in values):
         words = [f"data={json.dumps(values['data'])}"] if "data" in values else []
         return load_settings(kind, None, [*words, *overrides])
+    if name == "annotate" and is_whole:
+        section = file if isinstance(values.get("midtrain"), dict) else None
+        given = annotate_settings(load_settings(MidtrainSettings, section, (), section="midtrain"))
+        words = [f"{field}={json.dumps(value)}" for field, value in given.model_dump(mode="json").items()]
+        return load_settings(kind, None, [*words, *overrides])
+    if is_whole and not isinstance(values.get(name), dict):  # a recipe that leaves the stage at its defaults
+        file = None
     return load_settings(kind, file, overrides, section=name)
 
 

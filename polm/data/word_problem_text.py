@@ -108,6 +108,12 @@ def normalise_question(problem: Problem) -> str:
     return " ".join("N" if _VARIABLE.fullmatch(word) else word.lower() for word in split_words(problem.masked))
 
 
+def mask_question(problem: Problem, common_words: CommonWords) -> str:
+    """The question with names and things masked and every number as N: equal for questions of one pattern."""
+    words = _name_things(_name_persons(split_words(problem.masked), common_words))
+    return " ".join("N" if _VARIABLE.fullmatch(word) else word for word in words)
+
+
 def renumber(problem: Problem, rng: Random) -> Problem | None:
     """The same question with other numbers, under which every step of the equation keeps its kind of result.
 

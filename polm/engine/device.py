@@ -9,6 +9,8 @@ import torch
 
 from polm.errors import UserError
 
+SMALL_MODEL = 20_000_000  # parameters
+
 
 def pick_device() -> str:
     """`cuda` where there is a GPU, else `cpu`."""
@@ -21,6 +23,16 @@ def use_bf16(precision: str, device: str) -> bool:
     if precision == "bf16" and not native and device == "cuda":
         raise UserError("precision: bf16, but this GPU does not multiply bf16; use precision: fp32")
     return native if precision == "auto" else precision == "bf16"
+
+
+def sample_in_bf16(precision: str, device: str, num_parameters: int) -> bool:
+    """`use_bf16` for the generator. `auto` on a CPU means: from 20 M parameters on.
+
+    A decoding batch shrinks row by row, each width is a new shape, and CPU bf16 products are compiled for each shape:
+    a small model spends more on that than it gains.
+    """
+    small = device == "cpu" and num_parameters < SMALL_MODEL
+    return use_bf16(precision, device) and not (precision == "auto" and small)
 
 
 def has_cpu_bf16() -> bool:

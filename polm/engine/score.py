@@ -16,6 +16,7 @@ from polm.models.loading import compute_hidden, output_head
 from polm.tokens import Needs, Scores, TokenBatch
 
 MAX_LOGITS = 1 << 24  # logits of one chunk: 64 MB in float32
+ROUND_ROWS = 64
 
 
 def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
@@ -40,19 +41,23 @@ def score(
     device = batch.tokens_T.device.type
     with autocast(device, bf16):
         hidden_TD = compute_hidden(model, batch)
-    hidden_ND = hidden_TD.index_select(0, batch.target_predictors_N)
     ids_NK = batch.target_tokens_N[:, None]
     if needs.candidates is not None:
         ids_NK = torch.cat([ids_NK, batch.at_targets(needs.candidates)], dim=1)
+    num_targets = len(ids_NK)
+    # Rows up to a round number: CPU bf16 products are compiled and kept for each new shape, which costs memory.
+    spare = -num_targets % ROUND_ROWS if bf16 else 0
+    hidden_ND = hidden_TD.index_select(0, torch.nn.functional.pad(batch.target_predictors_N, (0, spare)))
+    ids_NK = torch.nn.functional.pad(ids_NK, (0, 0, 0, spare))
     weight, cap = output_head(model)
     compute_dtype = torch.bfloat16 if bf16 else weight.dtype
     logprobs_NK, entropy_N = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight, ids_NK, temperature, cap, needs.entropy, compute_dtype
     )
     return Scores(
-        logprobs_N=logprobs_NK[:, 0],
-        entropy_N=entropy_N if needs.entropy else None,
-        candidates_NK=logprobs_NK[:, 1:] if needs.candidates is not None else None,
+        logprobs_N=logprobs_NK[:num_targets, 0],
+        entropy_N=entropy_N[:num_targets] if needs.entropy else None,
+        candidates_NK=logprobs_NK[:num_targets, 1:] if needs.candidates is not None else None,
     )
 
 

@@ -94,7 +94,7 @@ def build_plan(recipe: Recipe, graph: Graph, run_dir: Path) -> Plan:
 
 
 def run_graph(plan: Plan, *, workers: int = 0, watch: Watch) -> None:
-    """Bring every node to its end. The first failure stops the run, after the stages that are already going."""
+    """Bring every node to its end. The first failure stops the run at once; what was under way goes on next time."""
     with lock(plan.run_dir / ".lock", f"the run {plan.run_dir}"):
         write_run_files(plan)
         pending = dict(plan.graph)
@@ -141,8 +141,8 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
                     line = last_line(plan.folder(node.id) / "metrics.jsonl")
                     watch(Event("progress", node, len(finished), len(plan.graph), line))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            _stop_workers(pool)
+            _stop_workers(pool)  # first: a pool that is shut down forgets its processes and waits for them
+            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -155,7 +155,8 @@ def _raise_failure(future: Future[None], node: Node, plan: Plan) -> None:
             "the last checkpoint; with workers=1 fewer stages share the memory"
         ) from None
     except UserError as error:
-        raise type(error)(f"{node.id}: {error}\n(log: {plan.folder(node.id)}/log.txt)") from error
+        log = plan.folder(node.id) / "log.txt"
+        raise type(error)(f"{node.id}: {error}" + (f"\n(log: {log})" if log.is_file() else "")) from error
 
 
 def _stop_workers(pool: ProcessPoolExecutor) -> None:

@@ -74,7 +74,10 @@ def forest_attention(
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
     layer = int(getattr(module, "layer_idx", 0))
     # Under autocast the rotary embedding leaves query and key in float32 beside a bf16 value.
-    out_THD = forest.attend(layer, query[0].to(value.dtype), key[0].to(value.dtype), value[0], scale, sliding_window)
+    with torch.autocast(value.device.type, enabled=False):
+        out_THD = forest.attend(
+            layer, query[0].to(value.dtype), key[0].to(value.dtype), value[0], scale, sliding_window
+        )
     return out_THD.unsqueeze(0), None
 
 
@@ -182,15 +185,23 @@ def _group_blocks(blocks: list[_Block], num_heads: int) -> list[list[_Block]]:
     return groups
 
 
+def _round_up(size: int, step: int) -> int:
+    """Sizes above `step` go up to its next multiple: CPU bf16 products are compiled and kept for each new shape."""
+    return size if size <= step else -(-size // step) * step
+
+
 def _build_group(blocks: list[_Block], positions: Array, inverse: Array, offset: int, device: torch.device) -> _Group:
     """Pad the blocks of one group, and note in `inverse` where each of their tokens stands."""
-    num_queries = max(block.num_queries for block in blocks)
-    num_keys = max(block.num_keys for block in blocks)
-    query_index = np.zeros((len(blocks), num_queries), dtype=np.int64)
-    query_position = np.full((len(blocks), num_queries), np.iinfo(np.int64).max // 4, dtype=np.int64)
-    query_valid = np.zeros((len(blocks), num_queries), dtype=np.float32)
-    key_index = np.zeros((len(blocks), num_keys), dtype=np.int64)
-    key_position = np.full((len(blocks), num_keys), np.iinfo(np.int64).max // 2, dtype=np.int64)
+    num_blocks = _round_up(len(blocks), 8)
+    num_queries = _round_up(max(block.num_queries for block in blocks), 16)
+    num_keys = _round_up(max(block.num_keys for block in blocks), 16)
+    query_index = np.zeros((num_blocks, num_queries), dtype=np.int64)
+    query_position = np.full((num_blocks, num_queries), np.iinfo(np.int64).max // 4, dtype=np.int64)
+    query_valid = np.zeros((num_blocks, num_queries), dtype=np.float32)
+    key_index = np.zeros((num_blocks, num_keys), dtype=np.int64)
+    key_position = np.full((num_blocks, num_keys), np.iinfo(np.int64).max // 2, dtype=np.int64)
+    key_position[len(blocks) :, 0] = 0  # a padded block sees one token, so that its scores are finite
+    last_key = np.zeros((num_blocks, 1), dtype=np.int64)
     for b, block in enumerate(blocks):
         first, end = block.queries
         query_index[b, : end - first] = np.arange(first, end)
@@ -200,8 +211,8 @@ def _build_group(blocks: list[_Block], positions: Array, inverse: Array, offset:
         keys = np.concatenate([np.arange(a, z) for a, z in block.keys])
         key_index[b, : len(keys)] = keys
         key_position[b, : len(keys)] = positions[keys]
+        last_key[b] = positions[end - 1]
     # A padded query stands at its block's last key, so that its row of scores is finite; its output is never read.
-    last_key = np.array([positions[block.queries[1] - 1] for block in blocks])[:, None]
     query_position = np.minimum(query_position, last_key)
     full = bool(query_valid.all())
     return _Group(
@@ -210,7 +221,7 @@ def _build_group(blocks: list[_Block], positions: Array, inverse: Array, offset:
         key_index=torch.from_numpy(key_index.reshape(-1)).to(device),
         query_position_BQ=torch.from_numpy(query_position).to(device),
         key_position_BK=torch.from_numpy(key_position).to(device),
-        num_blocks=len(blocks),
+        num_blocks=num_blocks,
         num_queries=num_queries,
         num_keys=num_keys,
     )

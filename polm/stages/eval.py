@@ -7,9 +7,10 @@ from pathlib import Path
 
 from polm.data.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark, read_benchmark_folder
 from polm.data.readers import write_jsonl
-from polm.engine.device import use_bf16
+from polm.engine.device import sample_in_bf16
 from polm.errors import DataError
 from polm.evals.run import evaluate, summarise
+from polm.models.loading import count_parameters
 from polm.recipe import EvalSettings
 from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
 
@@ -24,7 +25,7 @@ def run(settings: EvalSettings, context: Context) -> StageResult:
         base.tokenizer,
         benchmarks,
         settings,
-        bf16=use_bf16(settings.precision, base.model.device.type),
+        bf16=sample_in_bf16(settings.precision, base.model.device.type, count_parameters(base.model)),
         report=lambda done, total: context.report({"update": done, "num_updates": total}),
     )
     write_jsonl(context.workdir / "items.jsonl", rows)

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from polm.data.packing import epoch_order, pack_best_fit
 from polm.data.readers import Prompt, read_prompts
 from polm.engine.checkpoint import list_checkpoints
-from polm.engine.device import use_bf16
+from polm.engine.device import sample_in_bf16, use_bf16
 from polm.engine.fit import MetricsLog
 from polm.engine.score import score
 from polm.errors import DataError, UserError
+from polm.models.loading import count_parameters
 from polm.objectives.policy_gradient import build_policy_gradient
 from polm.recipe import GRPOSettings
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
@@ -99,7 +100,7 @@ class RolloutSource:
             seed=(s.seed << 24) + rollout,
             stop_token_ids=stop_token_ids(self.base.tokenizer),
         )
-        bf16 = use_bf16(s.precision, model.device.type)
+        bf16 = sample_in_bf16(s.precision, model.device.type, count_parameters(model))
         return generate(model, self.base.tokenizer, [self.encoded[i] for i in chosen], params, bf16=bf16)
 
     def _pack(self, trees: Sequence[Tree], model: PreTrainedModel) -> list[TokenBatch]:

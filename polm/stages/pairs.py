@@ -9,8 +9,9 @@ import numpy as np
 
 from polm.data.packing import epoch_order
 from polm.data.readers import Prompt, read_prompts, write_jsonl
-from polm.engine.device import use_bf16
+from polm.engine.device import sample_in_bf16
 from polm.errors import DataError
+from polm.models.loading import count_parameters
 from polm.recipe import PairsSettings
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
 from polm.rollout.generate import Completion, SamplingParams, generate
@@ -36,7 +37,7 @@ def run(settings: PairsSettings, context: Context) -> StageResult:
             seed=settings.seed,
             stop_token_ids=stop_token_ids(base.tokenizer),
         ),
-        bf16=use_bf16(settings.precision, base.model.device.type),
+        bf16=sample_in_bf16(settings.precision, base.model.device.type, count_parameters(base.model)),
         progress=lambda done, total: context.report({"update": done, "num_updates": total}),
     )
     verdicts = judge([(chosen[c.prompt_index], c.text) for c in completions], settings.time_limit)

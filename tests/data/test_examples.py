@@ -47,7 +47,8 @@ def ids_of(text: str) -> list[int]:
 
 
 def check_sums(ledger: Ledger) -> None:
-    """Every token that was read is kept or counted as lost."""
+    """Every token that was read is kept or counted as lost, and what is kept is a target or context."""
+    assert ledger["tokens_kept"] == ledger["tokens_supervised"] + ledger["tokens_masked"], ledger
     assert ledger["tokens_read"] == ledger["tokens_kept"] + ledger["tokens_lost"], ledger
 
 
@@ -72,11 +73,26 @@ READ = {"read": 3, "tokens_read": 16, "tokens_unknown": 1}
         (
             "truncate",
             [3, 5, 5],
-            {"kept": 3, "truncated": 1, "tokens_lost": 3, "tokens_kept": 13, "tokens_supervised": 10},
+            {
+                "kept": 3,
+                "truncated": 1,
+                "tokens_lost": 3,
+                "tokens_kept": 13,
+                "tokens_supervised": 10,
+                "tokens_masked": 3,
+            },
         ),
-        ("drop", [3, 5], {"kept": 2, "dropped": 1, "tokens_lost": 8, "tokens_kept": 8, "tokens_supervised": 6}),
+        (
+            "drop",
+            [3, 5],
+            {"kept": 2, "dropped": 1, "tokens_lost": 8, "tokens_kept": 8, "tokens_supervised": 6, "tokens_masked": 2},
+        ),
         # The second is cut into 5 and 3; each piece's first token is context.
-        ("split", [3, 5, 3, 5], {"kept": 4, "split": 1, "tokens_lost": 0, "tokens_kept": 16, "tokens_supervised": 12}),
+        (
+            "split",
+            [3, 5, 3, 5],
+            {"kept": 4, "split": 1, "tokens_lost": 0, "tokens_kept": 16, "tokens_supervised": 12, "tokens_masked": 4},
+        ),
     ],
 )
 def test_policies_for_long_documents(
@@ -101,7 +117,9 @@ def test_a_piece_of_one_token_is_lost_and_counted(words: PreTrainedTokenizerFast
 
 
 def test_the_policy_error_names_the_document_and_the_cure(words: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"document 1 has 8 tokens, and the context is 5.*too_long: truncate.*bin_tokens"):
+    with pytest.raises(
+        DataError, match=r"document 1 has 8 tokens, and the context is 5.*too_long: truncate.*bin_tokens"
+    ):
         build_document_trees(words, TEXTS, context=5, too_long="error", ledger=Counter())
 
 
@@ -130,7 +148,9 @@ def test_only_the_assistant_is_trained(words: PreTrainedTokenizerFast, train_on:
     assert segment.tokens.tolist() == ids_of("<user> a <bot> b <eos> <user> c <bot> d e <eos>")
     assert segment.tokens[segment.streams["weights"] == 1.0].tolist() == ids_of(expected)
     count = len(expected.split())
-    assert +ledger == Counter(read=1, tokens_read=11, kept=1, tokens_kept=11, tokens_supervised=count)
+    assert +ledger == Counter(
+        read=1, tokens_read=11, kept=1, tokens_kept=11, tokens_supervised=count, tokens_masked=11 - count
+    )
 
 
 CHATS = [talk("a", "b"), talk("a b c d e f", "g h"), talk("a", "b c d e f g")]  # 5, 11 and 10 tokens
@@ -145,7 +165,7 @@ def test_truncated_conversations(words: PreTrainedTokenizerFast) -> None:
         ids_of("<user> a <bot> b c d e f"),
     ]
     expected = {"read": 3, "kept": 2, "truncated": 2, "dropped": 1, "dropped_unsupervised": 1}
-    tokens = {"tokens_read": 26, "tokens_kept": 13, "tokens_lost": 13, "tokens_supervised": 7}
+    tokens = {"tokens_read": 26, "tokens_kept": 13, "tokens_lost": 13, "tokens_supervised": 7, "tokens_masked": 6}
     assert +ledger == Counter({**expected, **tokens})
 
 
@@ -153,7 +173,8 @@ def test_dropped_conversations(words: PreTrainedTokenizerFast) -> None:
     ledger: Ledger = Counter()
     build_conversation_trees(words, CHATS, context=8, too_long="drop", train_on="all", ledger=ledger)
     expected = {"read": 3, "kept": 1, "dropped": 2}
-    assert +ledger == Counter({**expected, "tokens_read": 26, "tokens_kept": 5, "tokens_lost": 21, "tokens_supervised": 2})
+    tokens = {"tokens_read": 26, "tokens_kept": 5, "tokens_lost": 21, "tokens_supervised": 2, "tokens_masked": 3}
+    assert +ledger == Counter({**expected, **tokens})
 
 
 def test_long_conversations_by_error_and_split(words: PreTrainedTokenizerFast) -> None:
@@ -161,7 +182,12 @@ def test_long_conversations_by_error_and_split(words: PreTrainedTokenizerFast) -
     for policy in ("error", "split"):
         with pytest.raises(DataError, match=r"conversation 1 has 11 tokens, and the context is 8"):
             build_conversation_trees(
-                words, CHATS, context=8, too_long=policy, train_on="all", ledger=Counter()  # type: ignore[arg-type]
+                words,
+                CHATS,
+                context=8,
+                too_long=policy,
+                train_on="all",
+                ledger=Counter(),  # type: ignore[arg-type]
             )
 
 
@@ -197,7 +223,7 @@ def test_a_pair_is_a_prompt_with_two_children(words: PreTrainedTokenizerFast) ->
     assert rejected.tokens.tolist() == ids_of("d e <eos>")
     assert (chosen.parent, rejected.parent) == (0, 0)
     assert (chosen.marks["sign"], rejected.marks["sign"]) == (1.0, -1.0)
-    assert +ledger == Counter(read=1, kept=1, tokens_read=9, tokens_kept=9, tokens_supervised=5)
+    assert +ledger == Counter(read=1, kept=1, tokens_read=9, tokens_kept=9, tokens_supervised=5, tokens_masked=4)
 
 
 def test_equal_answers_are_dropped_and_counted(words: PreTrainedTokenizerFast) -> None:

@@ -26,7 +26,13 @@ def test_bytes_are_a_plain_sha256(tmp_path: Path) -> None:
 
 def test_values() -> None:
     assert fingerprint_values({"a": 1, "b": [1, 2]}) == fingerprint_values({"b": [1, 2], "a": 1})
-    different = [{"a": 1, "b": [2, 1]}, {"a": 1.5, "b": [1, 2]}, {"a": "1", "b": [1, 2]}, {"a": 1}, {"a": {"b": [1, 2]}}]
+    different = [
+        {"a": 1, "b": [2, 1]},
+        {"a": 1.5, "b": [1, 2]},
+        {"a": "1", "b": [1, 2]},
+        {"a": 1},
+        {"a": {"b": [1, 2]}},
+    ]
     prints = [fingerprint_values(v) for v in [{"a": 1, "b": [1, 2]}, *different]]
     assert len(set(prints)) == len(prints)
 

@@ -94,9 +94,7 @@ def test_an_update_is_a_pure_function() -> None:
 def test_each_epoch_has_every_document_once_in_a_fresh_order() -> None:
     packed = build_packed(bins_per_update=1, micro_bins=0, updates=100)
     num_bins = len(packed.bins)
-    epochs = [
-        [documents_of(list(packed.step(e * num_bins + i).batches)) for i in range(num_bins)] for e in range(3)
-    ]
+    epochs = [[documents_of(list(packed.step(e * num_bins + i).batches)) for i in range(num_bins)] for e in range(3)]
     for epoch in epochs:
         assert Counter(d for bin_ in epoch for d in bin_) == Counter(range(20))
     assert epochs[0] != epochs[1]
@@ -109,7 +107,7 @@ def test_an_update_runs_over_into_the_next_epoch() -> None:
     num_bins = len(packed.bins)
     assert num_bins % 3 != 0  # else there is nothing to see
     bins = [b for u in range(num_bins) for b in packed.bins_of(u)]
-    assert Counter(bins) == Counter({b: 3 for b in range(num_bins)})
+    assert Counter(bins) == Counter(dict.fromkeys(range(num_bins), 3))
     for epoch in range(3):
         assert sorted(bins[epoch * num_bins : (epoch + 1) * num_bins]) == list(range(num_bins))
 

@@ -41,9 +41,7 @@ REMIT = build_remit(eps=0.8, temperature=1.0, centring="sequence", base="live", 
 
 
 @pytest.mark.parametrize("objective", [build_ntp(), REMIT], ids=lambda o: o.name)
-def test_the_split_does_not_change_the_update(
-    build_tiny: Callable[..., PreTrainedModel], objective: Objective
-) -> None:
+def test_the_split_does_not_change_the_update(build_tiny: Callable[..., PreTrainedModel], objective: Objective) -> None:
     model = build_tiny()
     trees = build_trees()
     splits = {
@@ -87,6 +85,7 @@ def test_metrics_are_means_over_the_whole_update(build_tiny: Callable[..., PreTr
     values = iter([(2.0, 1.0, [1.0, 0.0]), (6.0, 3.0, [2.0, 4.0])])
 
     def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        assert batch.num_targets > 0
         top, bottom, histogram = next(values)
         metrics = {"a/mean": Metric(torch.tensor(top), bottom), "a/histogram": Metric(torch.tensor(histogram), 1.0)}
         return Loss(scores.logprobs_N.sum() * 0.0 + top, torch.tensor(bottom), metrics)

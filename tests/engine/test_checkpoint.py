@@ -129,9 +129,7 @@ def test_an_unfinished_folder_does_not_count(build_tiny: Callable[..., PreTraine
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "progress.json"])
-def test_a_damaged_checkpoint_is_named(
-    build_tiny: Callable[..., PreTrainedModel], tmp_path: Path, name: str
-) -> None:
+def test_a_damaged_checkpoint_is_named(build_tiny: Callable[..., PreTrainedModel], tmp_path: Path, name: str) -> None:
     model = build_tiny()
     optimizers = build_optimizers(model, KINDS[0])
     take_steps(model, optimizers, seed=0)

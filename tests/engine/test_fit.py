@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from polm.errors import NonFiniteError, StoreError
 from polm.objectives.ntp import build_ntp
 from polm.objectives.remit import build_remit
 from polm.recipe import OptimizerSettings, PackedSettings, ScheduleSettings
-from polm.tokens import Loss, Objective, Scores, Step, TokenBatch, build_document
+from polm.tokens import Loss, Metric, Objective, Scores, Step, TokenBatch, build_document
 
 Build = Callable[..., PreTrainedModel]
 OPTIMIZERS = {
@@ -106,7 +107,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(build_tiny: Build, tmp_path: Pat
     assert [line["update"] for line in lines] == list(range(1, 9))
     expected = read_lines(tmp_path / "whole")
     assert [without_clock(line) for line in lines] == [without_clock(line) for line in expected]
-    assert all(b["seconds"] >= a["seconds"] for a, b in zip(lines, lines[1:], strict=False))
+    assert all(b["seconds"] >= a["seconds"] for a, b in itertools.pairwise(lines))
 
 
 def test_without_checkpoints_it_starts_again(build_tiny: Build, tmp_path: Path) -> None:
@@ -167,10 +168,43 @@ def test_metrics_lines(build_tiny: Build, tmp_path: Path) -> None:
     assert result.last == lines[2]
 
 
+def test_counts_are_summed_over_the_whole_run(build_tiny: Build, tmp_path: Path) -> None:
+    """Metrics under count/ are sums for the ledger, also of the updates before a stop; no line has them."""
+
+    def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        metrics = {"count/targets": Metric(torch.tensor(float(batch.num_targets)), 1.0)}
+        return Loss(-scores.logprobs_N.sum(), torch.tensor(float(batch.num_targets)), metrics)
+
+    settings = build_settings(checkpoint_every=3)
+
+    def run(stop_after: int) -> FitResult:
+        lines: list[Mapping[str, Any]] = []
+
+        def report(line: Mapping[str, Any]) -> None:
+            lines.append(line)
+            if len(lines) == stop_after:
+                raise Stopped
+
+        return fit(build_tiny(), build_source(settings), Objective("x", compute), settings, tmp_path, report=report)
+
+    with pytest.raises(Stopped):
+        run(5)
+    result = run(0)
+    assert result.counts == {"targets": result.targets}
+    assert not any(name.startswith("count/") for line in read_lines(tmp_path) for name in line)
+
+
 def test_a_progress_line_tells_the_rate_and_the_time_left(build_tiny: Build, tmp_path: Path) -> None:
     shown: list[str] = []
     settings = build_settings(updates=2)
-    fit(build_tiny(), build_source(settings), build_ntp(), settings, tmp_path, report=lambda x: shown.append(describe_line(x)))
+    fit(
+        build_tiny(),
+        build_source(settings),
+        build_ntp(),
+        settings,
+        tmp_path,
+        report=lambda x: shown.append(describe_line(x)),
+    )
     assert len(shown) == 2
     for text in shown:
         assert "loss" in text

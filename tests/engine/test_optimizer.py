@@ -8,7 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from polm.engine.optimizer import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_rate, split_parameters
+from polm.engine.optimizer import (
+    build_optimizers,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_rate,
+    split_parameters,
+)
 from polm.errors import ModelError
 from polm.recipe import OptimizerSettings
 

@@ -47,7 +47,9 @@ def test_the_chunked_head_is_a_dense_log_softmax(
     results = []
     for with_entropy in (True, False):
         pulls = pull_N if with_entropy else torch.zeros(NUM_TARGETS)
-        logprobs, entropy = engine._ChunkedHead.apply(hidden, weight, ids, temperature, cap, with_entropy, torch.float32)
+        logprobs, entropy = engine._ChunkedHead.apply(
+            hidden, weight, ids, temperature, cap, with_entropy, torch.float32
+        )
         total = (pull_NK * logprobs).sum() + ((pulls * entropy).sum() if with_entropy else 0.0)
         got = (logprobs, *torch.autograd.grad(total, (hidden, weight)))
         dense_logprobs, dense_entropy = compute_dense(hidden, weight, ids, temperature, cap)
@@ -172,9 +174,23 @@ def test_no_full_logits_are_made(build_tiny: Callable[..., PreTrainedModel], mon
 
 
 def test_bf16_stays_near_fp32(build_tiny: Callable[..., PreTrainedModel]) -> None:
+    """Values, entropy, candidates and gradients; the log-softmax itself is in float32."""
     model = build_tiny(spread=1.0)
-    batch, _ = build_batch()
-    with torch.no_grad():
-        exact, rough = score(model, batch).logprobs_N, score(model, batch, bf16=True).logprobs_N
-    assert rough.dtype == torch.float32
-    assert 0 < (exact - rough).abs().max() < 0.05
+    rng = np.random.default_rng(0)
+    batch = collate([build_document(rng.integers(2, 40, 21), {"top_ids": rng.integers(0, 40, (21, 3))})])
+    found = []
+    for bf16 in (False, True):
+        model.zero_grad(set_to_none=True)
+        scores = score(model, batch, Needs(entropy=True, candidates="top_ids"), bf16=bf16)
+        assert scores.entropy_N is not None
+        assert scores.candidates_NK is not None
+        (-scores.logprobs_N.mean()).backward()
+        values = (scores.logprobs_N, scores.entropy_N, scores.candidates_NK)
+        assert [tuple(v.shape) for v in values] == [(20,), (20,), (20, 3)]
+        assert all(v.dtype == torch.float32 for v in values)
+        found.append((values, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (exact, exact_grad), (rough, rough_grad) = found
+    for a, b in zip(exact, rough, strict=True):
+        assert 0 < (a - b).abs().max() < 0.05
+    assert torch.nn.functional.cosine_similarity(exact_grad, rough_grad, dim=0) > 0.995
+    assert rough_grad.norm() == pytest.approx(float(exact_grad.norm()), rel=0.03)

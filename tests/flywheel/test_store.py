@@ -152,7 +152,7 @@ def test_a_failed_stage_goes_on_in_its_folder(tmp_path: Path) -> None:
 def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
     """Corrected inputs make another key; the folder of the first try must not stand in the way."""
 
-    def refuse(settings: Any, context: Context) -> StageResult:
+    def refuse(*_: Any) -> StageResult:
         raise DataError("no such file")
 
     with pytest.raises(DataError):
@@ -267,10 +267,9 @@ def test_a_damaged_input_is_noticed(artifact: Any, tmp_path: Path) -> None:
 
 def test_a_lock_names_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "deep" / ".lock"
-    with lock(path, "the run x"):
-        with pytest.raises(StoreError, match=rf"the run x is in use by process {os.getpid()}; wait .*kill {os.getpid()}"):
-            with lock(path, "the run x"):
-                raise AssertionError("two owners")
+    owner = rf"the run x is in use by process {os.getpid()}; wait .*kill {os.getpid()}"
+    with lock(path, "the run x"), pytest.raises(StoreError, match=owner), lock(path, "the run x"):
+        raise AssertionError("two owners")
     with lock(path, "the run x"):
         assert path.read_text() == str(os.getpid())
 

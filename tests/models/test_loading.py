@@ -155,9 +155,15 @@ def cut(folder: Path, size: int) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"not a model folder: no config.json in it \(found .*model.saf"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"not a model folder: no config.json in it \(found .*model.saf",
+    ),
     "a torn config": (lambda f: (f / "config.json").write_text("{"), r"not a valid JSON.*damaged or incomplete"),
-    "a config of another kind": (lambda f: (f / "config.json").write_text("[]"), r"could not be loaded.*copy or download"),
+    "a config of another kind": (
+        lambda f: (f / "config.json").write_text("[]"),
+        r"could not be loaded.*copy or download",
+    ),
     "an unknown type": (lambda f: change_config(f, model_type="nonsense"), r"nonsense.*does not recognize"),
     "an encoder": (lambda f: change_config(f, model_type="t5"), r"could not be loaded.*T5Config"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"no file named model.safetensors"),

@@ -91,7 +91,9 @@ def test_scores_of_other_documents_are_refused(artifact: Any, tmp_path: Path) ->
     texts = [json.dumps({"text": text}) for text in read_documents(artifact("data") / "midtrain.jsonl")]
     (tmp_path / "midtrain.jsonl").write_text("\n".join(texts[:-1]) + "\n")
     inputs = {**artifact.inputs("remit"), "data": str(tmp_path / "midtrain.jsonl")}
-    with pytest.raises(UserError, match=r"were made with another data \(fingerprint .*run `polm annotate` with this data"):
+    with pytest.raises(
+        UserError, match=r"were made with another data \(fingerprint .*run `polm annotate` with this data"
+    ):
         artifact.run("midtrain", artifact.spec("remit")[1], inputs, tmp_path / "out")
 
 
@@ -103,7 +105,9 @@ def test_scores_of_documents_that_were_cut_otherwise_are_refused(artifact: Any, 
 def test_scores_with_another_tokenizer_are_refused(artifact: Any, other_model: Path, tmp_path: Path) -> None:
     inputs = {"model": str(other_model), "data": str(artifact("data"))}
     artifact.run("annotate", AnnotateSettings(max_tokens=192, precision="fp32"), inputs, tmp_path / "scores")
-    with pytest.raises(UserError, match=r"were made with another tokenizer \(.*run `polm annotate` with this tokenizer"):
+    with pytest.raises(
+        UserError, match=r"were made with another tokenizer \(.*run `polm annotate` with this tokenizer"
+    ):
         midtrain(artifact, tmp_path / "scores", tmp_path / "out")
 
 
@@ -130,6 +134,7 @@ def test_damaged_scores_are_named(artifact: Any, tmp_path: Path) -> None:
     ):
         folder = tmp_path / f"scores{number}"
         shutil.copytree(artifact("annotate"), folder)
+        (folder / "manifest.json").unlink()  # else the manifest gives it away already
         damage(folder / name)
         with pytest.raises(UserError, match=rf"scores{number}.*annotate again"):
             midtrain(artifact, folder, tmp_path / f"out{number}")
@@ -172,7 +177,7 @@ def test_a_frozen_base_is_the_model_as_it_was_given(artifact: Any, trees: Trees,
     np.testing.assert_allclose(arrays["logprobs"][1 : len(trees[0][0])], first, rtol=1e-4, atol=2e-5)
 
 
-def test_settings_that_the_graph_gives(artifact: Any) -> None:
+def test_settings_that_the_graph_gives() -> None:
     """`annotate` after midtrain's settings reads exactly the documents that midtrain will read."""
     from polm.flywheel.graph import annotate_settings
 

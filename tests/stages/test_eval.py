@@ -77,7 +77,9 @@ def test_likelihoods_against_the_plain_model(artifact: Any, tmp_path: Path, read
     model = load_model(artifact("grpo") / "model").eval()
     model.set_attn_implementation("sdpa")
     tokenizer = load_tokenizer(artifact("grpo") / "model")
-    items = {item.id: item for members in read_benchmark_folder(artifact("data") / "benchmarks").values() for item in members}
+    items = {
+        item.id: item for members in read_benchmark_folder(artifact("data") / "benchmarks").values() for item in members
+    }
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     rows = read_rows(tmp_path / "out" / "items.jsonl")
     for row in rows:

@@ -37,7 +37,9 @@ def test_arms_see_the_same_tokens_in_the_same_order(artifact: Any, read_rows: An
     """At the first update all arms are the same model on the same batch: the plain loss is equal to the bit."""
     runs = {name: read_rows(artifact(name) / "metrics.jsonl") for name in WEIGHTINGS}
     for name in WEIGHTINGS[1:]:
-        assert [(x["tokens"], x["targets"]) for x in runs[name]] == [(x["tokens"], x["targets"]) for x in runs["midtrain"]]
+        assert [(x["tokens"], x["targets"]) for x in runs[name]] == [
+            (x["tokens"], x["targets"]) for x in runs["midtrain"]
+        ]
         assert runs[name][0]["ntp/nll"] == pytest.approx(runs["midtrain"][0]["ntp/nll"], rel=1e-6)
         assert runs[name][0]["loss"] != runs["midtrain"][0]["loss"]
         assert runs[name][0]["lr"] == runs["midtrain"][0]["lr"]

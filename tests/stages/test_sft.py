@@ -101,5 +101,7 @@ def test_tokenizer_and_model_must_belong_together(artifact: Any, tmp_path: Path)
     tokenizer.add_tokens([f"new{i}" for i in range(5)])
     tokenizer.save_pretrained(folder)
     inputs = {"base": str(folder), "data": str(artifact("data"))}
-    with pytest.raises(ModelError, match=r"has \d+ tokens and the model only \d+ embeddings; they do not belong together"):
+    with pytest.raises(
+        ModelError, match=r"has \d+ tokens and the model only \d+ embeddings; they do not belong together"
+    ):
         artifact.run("sft", SFTSettings(), inputs, tmp_path / "out")

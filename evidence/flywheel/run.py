@@ -1,0 +1,118 @@
+"""Run the flywheel over fresh seeds and write result.json, figure.png and table.md beside this script.
+
+python evidence/flywheel/run.py            # goes on where it stopped; about half an hour on two cores
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from polm.evals.statistics import compute_mean_stderr
+from polm.report.compare import Row, compute_rows, describe_point
+from polm.report.load import load_run
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE.parent.parent / "runs"
+NAME = "evidence_flywheel"
+METRICS = ("greedy", "pass@1", "nll")
+
+
+def build_claim(row: Row) -> dict[str, object]:
+    """One entry of result.json: a paired difference to NTP, in points (or nats a token)."""
+    assert row.comparison is not None
+    interval, scale = row.comparison.interval, row.metric.scale
+    differences = [value * scale for value in row.comparison.differences_by_seed]
+    spread = compute_mean_stderr(differences)
+    sign = 1.0 if row.metric.higher_is_better else -1.0
+    better = interval.low95 > 0 if sign > 0 else interval.high95 < 0
+    return {
+        "claim": f"{row.arm.label} is better than ntp {describe_point(row.point)}, {row.metric.title}",
+        "metric": f"{row.point}/{row.metric.key} ({row.metric.difference_unit})",
+        "arm": row.arm.label,
+        "control": "ntp · cycle 0",
+        "seeds": len(differences),
+        "mean": round(spread.mean, 4),
+        "stderr": round(spread.stderr, 4),
+        "interval95": [round(interval.low95 * scale, 4), round(interval.high95 * scale, 4)],
+        "differences": [round(value, 3) for value in differences],
+        "holds": bool(better),
+    }
+
+
+def write_table(rows: list[Row]) -> str:
+    """The differences as a Markdown table, points or nats, mean with its standard error."""
+    points = list(dict.fromkeys(row.point for row in rows))
+    lines = [
+        "| arm | measure | " + " | ".join(describe_point(p) for p in points) + " |",
+        "|---" * (len(points) + 2) + "|",
+    ]
+    for arm in dict.fromkeys(row.arm for row in rows):
+        for metric in METRICS:
+            cells = []
+            for point in points:
+                found = [r for r in rows if (r.arm, r.metric.key, r.point) == (arm, metric, point)]
+                if not found or found[0].comparison is None:
+                    cells.append("·")
+                    continue
+                claim = build_claim(found[0])
+                decimals = 3 if metric == "nll" else 1
+                cells.append(f"{claim['mean']:+.{decimals}f} ± {claim['stderr']:.{decimals}f}")
+            lines.append(f"| {arm.label} | {found[0].metric.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Greedy and sampled differences to NTP with 95 % t intervals over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    points = list(dict.fromkeys(row.point for row in rows))
+    for axis, metric in zip(axes, ("greedy", "pass@1"), strict=True):
+        for i, arm in enumerate(arms):
+            chosen = [r for p in points for r in rows if (r.arm, r.metric.key, r.point) == (arm, metric, p)]
+            means = [100 * r.comparison.interval.mean_difference for r in chosen if r.comparison]
+            lows = [100 * r.comparison.interval.low95 for r in chosen if r.comparison]
+            highs = [100 * r.comparison.interval.high95 for r in chosen if r.comparison]
+            places = [x + (i - (len(arms) - 1) / 2) * 0.18 for x in range(len(means))]
+            spread = [
+                [m - low for m, low in zip(means, lows, strict=True)],
+                [h - m for m, h in zip(means, highs, strict=True)],
+            ]
+            axis.errorbar(places, means, yerr=spread, fmt="osD^v"[i], capsize=3, label=arm.label)
+        axis.axhline(0, color="0.5", linewidth=1)
+        axis.set_xticks(
+            range(len(points)), [{"base": "base", "sft": "SFT", "dpo": "DPO", "rl": "RL"}[p] for p in points]
+        )
+        axis.set_title("greedy" if metric == "greedy" else "sampled, temperature 1")
+        axis.set_xlabel("after")
+    axes[0].set_ylabel("points over NTP")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    subprocess.run(
+        [sys.executable, "-m", "polm", "run", str(HERE / "recipe.yaml"), "--runs", str(RUNS), *sys.argv[1:]], check=True
+    )
+    rows = [
+        row
+        for row in compute_rows(load_run(RUNS / NAME)).rows
+        if row.benchmark is None and row.comparison is not None and row.metric.key in METRICS
+    ]
+    claims = [claim for claim in map(build_claim, rows) if math.isfinite(float(str(claim["mean"])))]
+    (HERE / "result.json").write_text(json.dumps(claims, indent=1) + "\n")
+    (HERE / "table.md").write_text(write_table(rows))
+    draw(rows, HERE / "figure.png")
+
+
+if __name__ == "__main__":
+    main()

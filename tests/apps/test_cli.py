@@ -1,0 +1,421 @@
+"""The command line, in this process: what it prints, what it writes, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from polm import __version__
+from polm.apps import cli
+from polm.flywheel import runner
+from polm.flywheel.store import lock, read_manifest
+from polm.stages.table import STAGES
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def polm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """polm("sft", "base=…") in an empty folder, with the exit code and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "width", 200)
+
+    def run(*words: str) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["polm", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return Outcome(int(caught.value.code or 0), printed.out, printed.err)
+
+    return run
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+CHAT = {"messages": [{"role": "user", "content": "add 1 and 2 ."}, {"role": "assistant", "content": "#### 3"}]}
+SHORT = ("updates=1", "bin_tokens=64")
+
+
+# ---- single stages -------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_from_a_recipe(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    data = write(tmp_path / "mine.jsonl", CHAT, CHAT)
+    done = polm("sft", "--recipe", "demo", f"base={artifact('midtrain')}", f"data={data}", "out=tuned", "epochs=2")
+    assert (done.code, done.err) == (0, "")
+    manifest = read_manifest(tmp_path / "tuned")
+    demo = yaml.safe_load((cli.find_recipe("demo")).read_text())["sft"]
+    assert manifest["config"]["bin_tokens"] == demo["bin_tokens"]  # from the recipe
+    assert manifest["config"]["epochs"] == 2  # from the words
+    assert manifest["inputs"].keys() == {"base", "data"}
+    assert "one example, supervised tokens in ⟦ ⟧:" in done.out
+    assert "⟦#### 3 <|eos|>⟧" in done.out
+    assert f"ledger: read {2:,}, tokens_read" in done.out
+    assert "tok/s" in done.out  # a progress line with its rate
+    assert " s left" in done.out
+    assert "-> tuned" in done.out
+
+    again = polm("sft", "--recipe", "demo", f"base={artifact('midtrain')}", f"data={data}", "out=tuned", "epochs=2")
+    assert again.code == 0
+    assert read_manifest(tmp_path / "tuned") == manifest
+    other = polm("sft", "--recipe", "demo", f"base={artifact('midtrain')}", f"data={data}", "out=tuned", "seed=3")
+    assert other.code == 2
+    assert "tuned holds another artifact" in other.err
+
+
+def test_a_stage_with_settings_of_its_own(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("updates: 1\nbin_tokens: 64\noptimizer: {kind: muon}\n")
+    data = write(tmp_path / "mine.jsonl", CHAT)
+    done = polm("sft", "--recipe", "mine.yaml", f"base={artifact('midtrain')}", f"data={data}", "out=o", "threads=1")
+    assert done.code == 0, done.err
+    assert read_manifest(tmp_path / "o")["config"]["optimizer"]["kind"] == "muon"
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_a_stage_without_inputs_says_what_it_needs(polm: Cli, name: str, tmp_path: Path) -> None:
+    done = polm(name)
+    needed = [*STAGES[name].inputs, "out"]
+    assert done.code == 2
+    assert f"polm {name} needs {', '.join(needed)}: polm {name} {' '.join(f'{r}=…' for r in needed)}" in done.err
+    assert list(tmp_path.iterdir()) == []
+    if len(needed) > 1:
+        assert f"polm {name} needs {', '.join(needed[:-1])}:" in polm(name, "out=x").err
+
+
+def test_a_setting_that_has_the_name_of_an_input(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    """`base` is midtrain's model; the setting `base` is written midtrain.base."""
+    words = (f"base={artifact('pretrain')}", f"data={artifact('data')}", f"reference={artifact('annotate')}")
+    settings = ("weighting=remit", "midtrain.base=frozen", "updates=1", "bin_tokens=192", "precision=fp32")
+    done = polm("midtrain", *words, *settings, "out=o")
+    assert done.code == 0, done.err
+    assert read_manifest(tmp_path / "o")["config"]["base"] == "frozen"
+    done = polm("annotate", f"model={artifact('sft')}", f"data={artifact('data')}", "annotate.data=sft", "out=scores")
+    assert done.code == 0, done.err
+    assert read_manifest(tmp_path / "scores")["config"]["data"] == "sft"
+
+
+def test_data_and_annotate_from_a_recipe(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    recipe = {
+        "name": "x",
+        "data": {"source": "folder", "path": str(artifact("data"))},
+        "midtrain": {"bin_tokens": 192, "too_long": "drop", "precision": "fp32"},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert polm("data", "--recipe", "r.yaml", "out=d").code == 0
+    assert (tmp_path / "d" / "sft.jsonl").read_bytes() == (artifact("data") / "sft.jsonl").read_bytes()
+    done = polm("annotate", "--recipe", "r.yaml", f"model={artifact('grpo')}", "data=d", "out=scores", "top_k=2")
+    assert done.code == 0, done.err
+    config = read_manifest(tmp_path / "scores")["config"]
+    assert (config["max_tokens"], config["too_long"], config["top_k"], config["data"]) == (192, "drop", 2, "midtrain")
+    # A recipe that leaves a stage out gives its defaults.
+    done = polm("pairs", "--recipe", "r.yaml", "out=p")
+    assert "polm pairs needs base, data" in done.err
+
+
+def test_the_demo_data_by_words(polm: Cli, tmp_path: Path) -> None:
+    words = ["data.num_pretrain_docs=20", "data.num_midtrain_docs=5", "data.num_sft=5", "data.num_prompts=5"]
+    done = polm("data", "out=d", "data.source=demo", *words, "data.num_items=1")
+    assert done.code == 0, done.err
+    assert len((tmp_path / "d" / "pretrain.jsonl").read_text().splitlines()) == 20
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+LONG = {"messages": [{"role": "user", "content": "add"}, {"role": "assistant", "content": "1 " * 99}]}
+MISTAKES: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
+    # name: (rows of mine.jsonl, words, what the error says)
+    "broken line": ((CHAT, '{"messages": [', CHAT), SHORT, "mine.jsonl:2: not valid JSON: "),
+    "no object": ((CHAT, "3"), SHORT, "mine.jsonl:2: expected a JSON object {...}, found"),
+    "wrong columns": ((CHAT, {"question": "x", "reply": "y"}), SHORT, "mine.jsonl:2: "),
+    "unknown role": (({"messages": [{"role": "robot", "content": "x"}]},), SHORT, "mine.jsonl:1: "),
+    "silent assistant": (({"messages": [{"role": "user", "content": "x"}]},), SHORT, "mine.jsonl:1: "),
+    "empty file": ((), SHORT, "mine.jsonl holds no rows; expected one JSON object a line"),
+    "too long": ((CHAT, LONG), SHORT, "conversation 1 has 1"),
+    "unknown key": ((CHAT,), (*SHORT, "epoch=3"), "the command line: unknown key 'epoch'; did you mean 'epochs'?"),
+    "wrong value": ((CHAT,), ("updates=many",), "the command line: updates: found 'many': "),
+    "both lengths": ((CHAT,), ("updates=1", "epochs=1"), "give updates or epochs, not both"),
+    "no such recipe": ((CHAT,), ("--recipe", "gone.yaml"), "no recipe at gone.yaml; shipped recipes: "),
+    "not an override": ((CHAT,), ("seed",), "override 'seed' is not of the form key=value"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_one_line_each(polm: Cli, artifact: Any, tmp_path: Path, mistake: str) -> None:
+    rows, words, message = MISTAKES[mistake]
+    data = write(tmp_path / "mine.jsonl", *rows)
+    done = polm("sft", f"base={artifact('midtrain')}", f"data={data}", "out=o", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err + done.out
+    # Nothing stands in the way of the cure.
+    assert not (tmp_path / "o").exists()
+    data = write(tmp_path / "mine.jsonl", CHAT)
+    assert polm("sft", f"base={artifact('midtrain')}", f"data={data}", "out=o", *SHORT).code == 0
+
+
+def test_missing_inputs(polm: Cli, artifact: Any, other_model: Path, tmp_path: Path) -> None:
+    base, data = artifact("midtrain"), artifact("data")
+    done = polm("sft", f"base={base}", "data=nowhere", "out=o")
+    assert done.code == 2
+    assert "data: expected the file sft.jsonl in nowhere, or a path to such a file (found: no such folder)" in done.err
+    done = polm("sft", "base=./nowhere", f"data={data}", "out=o")
+    assert done.code == 2
+    assert "no model folder at ./nowhere; give a folder with a Hugging Face checkpoint, or a hub id" in done.err
+    done = polm("sft", "base=some/model", f"data={data}", "out=o")
+    assert done.code == 2
+    assert "the model some/model could not be loaded" in done.err
+    words = (f"base={artifact('pretrain')}", f"data={data}", "weighting=remit", "out=o")
+    done = polm("midtrain", *words)
+    assert done.code == 2
+    assert "weighting remit compares with a reference model: give reference=MODEL" in done.err
+    done = polm("midtrain", *words, f"reference={other_model}")
+    assert done.code == 2
+    assert "do not have the same tokenizer" in done.err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x.txt").write_text("x")
+    done = polm("sft", f"base={base}", f"data={data}", "out=mine")
+    assert done.code == 2
+    assert "mine is not empty and holds no artifact of ours" in done.err
+
+
+def test_what_happens_to_defects(polm: Cli, artifact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of ours keeps its traceback: only users' mistakes are told without one."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("defect")
+
+    monkeypatch.setattr("polm.flywheel.store.compute_key", fail)
+    with pytest.raises(KeyError, match="defect"):
+        polm("sft", f"base={artifact('midtrain')}", f"data={artifact('data')}", "out=o")
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+class InlinePool:
+    """Stands in for the pool of processes (which tests/flywheel covers): the work is done when it is submitted."""
+
+    def __init__(self, *_: Any, **__: Any):
+        self._processes: dict[int, Any] = {}
+
+    def __enter__(self) -> InlinePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., None], *args: Any) -> Future[None]:
+        future: Future[None] = Future()
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # noqa: BLE001 - a future holds whatever was raised
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+
+def recipe_of(artifact: Any, **changes: Any) -> dict[str, Any]:
+    length = {"bin_tokens": 192, "precision": "fp32"}
+    shape = artifact.spec("pretrain")[1].model.model_dump()
+    return {
+        "name": "tiny",
+        "cycles": 1,
+        "arms": {"remit": {"changes": {"weighting": "remit"}}},
+        "data": {"source": "folder", "path": str(artifact("data"))},
+        "tokenizer": {"kind": "word", "vocab_size": 200},
+        "pretrain": {**length, "updates": 2, "model": shape},
+        "midtrain": {**length, "updates": 2},
+        "sft": {**length, "updates": 1},
+        "pairs": None,
+        "dpo": None,
+        "grpo": {**length, "updates": 1, "prompts_per_rollout": 2, "samples": 2, "max_new_tokens": 2},
+        "eval": {"samples": 1, "pass_k": [1], "max_new_tokens": 2, "precision": "fp32"},
+        "workers": 1,
+        **changes,
+    }
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InlinePool)
+
+
+def test_a_dry_run_writes_nothing(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact)))
+    done = polm("run", "tiny.yaml", "--dry-run", "grpo.updates=6")
+    assert (done.code, done.err) == (0, "")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+    assert "hidden_size: 32" in done.out  # the resolved recipe, with defaults
+    assert "temperature: 1.0" in done.out
+    for node in ("s0/pretrain", "s0/c0/ntp/grpo", "s0/c1/remit/annotate", "s0/c1/remit/eval_rl"):
+        assert node in done.out
+    assert "tiny: 16 stages" in done.out
+    # Pretrain 2, two passes of midtrain 2, sft 1 and grpo 6; 2 prompts x 2 samples x 6 updates, twice.
+    assert f"{2 + 2 * (2 + 1 + 6)} updates" in done.out
+    assert f"{192 * (2 + 2 * (2 + 1))} training tokens".replace("1536", "1,536") in done.out
+    assert "48 RL and pair samples" in done.out
+    assert "to do" in done.out
+
+
+def test_a_dry_run_of_the_shipped_demo(polm: Cli, tmp_path: Path) -> None:
+    done = polm("run", "demo", "--dry-run")
+    assert done.code == 0
+    assert "s0/c2/remit/grpo" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_run_and_what_can_be_done_with_it(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact)))
+    assert "no runs in runs" in polm("runs", "ls").out
+    done = polm("run", "tiny.yaml")
+    assert (done.code, done.err) == (0, "")
+    assert "[ 16/16] s0/c1/remit/eval_rl" in done.out
+    assert (tmp_path / "runs" / "tiny" / "report.html").stat().st_size > 5000
+    assert "report: runs/tiny/report.html" in done.out
+    mark = (tmp_path / "runs/tiny/store").stat().st_mtime_ns
+
+    again = polm("run", "tiny.yaml")
+    assert "16 stages were there already" in again.out
+    assert (tmp_path / "runs/tiny/store").stat().st_mtime_ns == mark
+
+    assert "16/16 stages" in polm("runs", "ls").out
+    shown = polm("runs", "show", "tiny").out
+    assert shown.count(" done ") == 16
+    assert "store/pretrain-" in shown
+    (tmp_path / "runs/tiny/report.html").unlink()
+    assert polm("report", "runs/tiny", "--out", "elsewhere.html").code == 0
+    assert "<html" in (tmp_path / "elsewhere.html").read_text()
+    assert "done" in polm("run", "tiny.yaml", "--dry-run").out
+
+    # Other settings: what still fits stays, the rest is stale.
+    # Roots and the control's midtrain, sft and two evaluations; the arm's guide is another model.
+    assert "7 stages were there already" in polm("run", "tiny.yaml", "grpo.seed=5", "--runs", "runs").out
+    before = {p.name for p in (tmp_path / "runs/tiny/store").iterdir() if p.is_dir()}
+    removed = polm("runs", "rm", "tiny", "--stale", "--yes")
+    assert removed.code == 0
+    after = {p.name for p in (tmp_path / "runs/tiny/store").iterdir() if p.is_dir()}
+    named = {node["artifact"][6:] for node in json.loads((tmp_path / "runs/tiny/run.json").read_text())["nodes"]}
+    assert after == named < before
+    assert removed.out.count("remove ") == len(before - after)
+
+    with lock(tmp_path / "runs/tiny/.lock", "x"):
+        busy = polm("runs", "rm", "tiny", "--yes")
+        assert busy.code == 2
+        assert f"is in use by process {os.getpid()}" in busy.err
+        busy = polm("run", "tiny.yaml")
+        assert busy.code == 2
+        assert f"the run runs/tiny is in use by process {os.getpid()}" in busy.err
+    assert polm("runs", "rm", "tiny", "--yes").code == 0
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_damaged_artifact_of_a_run(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact, arms={})))
+    assert polm("run", "tiny.yaml").code == 0
+    folder = (tmp_path / "runs/tiny/s0/c0/ntp/sft").resolve()
+    (folder / "model" / "model.safetensors").write_bytes(b"short")
+    done = polm("run", "tiny.yaml")
+    assert done.code == 2
+    assert "model/model.safetensors has 5 bytes, the manifest says" in done.err
+    assert "Remove the folder and run the same command again" in done.err
+    key = read_manifest(folder)["key"]
+    shutil.rmtree(folder)
+    assert polm("run", "tiny.yaml").code == 0
+    assert read_manifest(folder)["key"] == key
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_mistake_within_a_run(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(artifact("data"), data)
+    lines = (data / "sft.jsonl").read_text().splitlines()
+    (data / "sft.jsonl").write_text("\n".join([*lines[:3], "{", *lines[3:]]))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact)))
+    done = polm("run", "tiny.yaml", "data=data")  # a plain value for a section with a path
+    assert done.code == 2
+    assert "error: s0/data: data/sft.jsonl:4: not valid JSON" in done.err
+    assert "Traceback" not in done.err
+    # A run that stopped can be looked at.
+    assert "0/16 stages" in polm("runs", "ls").out
+    assert "pending" in polm("runs", "show", "tiny").out
+    assert polm("report", "runs/tiny").code == 0
+    (data / "sft.jsonl").write_text("\n".join(lines))
+    assert polm("run", "tiny.yaml", "data=data").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "gone"), "no recipe 'gone': neither a file nor a shipped recipe"),
+        (("run", "gone.yaml"), "no recipe at gone.yaml; shipped recipes: "),
+        (("run", "demo", "cycle=3"), "unknown key 'cycle'; did you mean 'cycles'?"),
+        (("run", "demo", "midtrain.epz=3"), "unknown key 'midtrain.epz'; did you mean 'eps'?"),
+        (("run", "demo", "--dry-run", "seeds=x"), "seeds: found 'x'"),
+        (("report", "nowhere"), "nowhere: found no folder, expected the folder of a run"),
+        (("runs", "show", "gone"), "runs/gone: found no folder"),
+        (("runs", "rm", "gone"), "runs/gone is not a run (no run.json); `polm runs ls` lists them"),
+    ],
+)
+def test_mistakes_with_runs(polm: Cli, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    done = polm(*words)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_removed_without_a_yes(polm: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "runs" / "x"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"nodes": []}')
+    monkeypatch.setattr("typer.confirm", lambda *_: False)
+    assert polm("runs", "rm", "x").code == 0
+    assert folder.is_dir()
+    assert polm("runs", "rm", "x", "--stale").code == 0  # a run without a store yet
+
+
+# ---- the rest ------------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(polm: Cli) -> None:
+    assert polm("version").out.strip() == __version__
+    helped = polm("--help")
+    assert helped.code == 0
+    for name in (*STAGES, "run", "runs", "report"):
+        assert name in helped.out
+    assert polm("sf").code == 2  # no such command
+
+
+def test_help_is_fast() -> None:
+    """Nothing heavy is imported for the list of commands."""
+    code = "import sys, polm.apps.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,51 @@
+"""Where and how precisely a stage computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from polm.engine import device
+from polm.engine.device import SMALL_MODEL, sample_in_bf16, set_threads, use_bf16
+from polm.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "expected"),
+    [
+        ("auto", True, True),
+        ("auto", False, False),
+        ("bf16", True, True),
+        ("bf16", False, True),  # emulated on a CPU: slow, but it is what was asked for
+        ("fp32", True, False),
+        ("fp32", False, False),
+    ],
+)
+def test_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, precision: str, native: bool, expected: bool) -> None:
+    monkeypatch.setattr(device, "has_cpu_bf16", lambda: native)
+    assert use_bf16(precision, "cpu") is expected
+    assert sample_in_bf16(precision, "cpu", SMALL_MODEL) is expected
+    # A small model samples in float32, unless bf16 was asked for by name.
+    assert sample_in_bf16(precision, "cpu", SMALL_MODEL - 1) is (precision == "bf16")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+    assert use_bf16("auto", "cuda") is native
+    assert use_bf16("fp32", "cuda") is False
+    assert sample_in_bf16("auto", "cuda", 10) is native
+    if native:
+        assert use_bf16("bf16", "cuda") is True
+    else:
+        with pytest.raises(UserError, match=r"this GPU does not multiply bf16; use precision: fp32"):
+            use_bf16("bf16", "cuda")
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert [set_threads(n) for n in (1, 3, 0)] == [1, 3, 6] == chosen
+    assert torch.get_num_threads() == before
