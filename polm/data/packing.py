@@ -78,16 +78,20 @@ class PackedTrees:
             [
                 collate(
                     (self.trees[i] for b in chosen[first : first + size] for i in self.bins[b]),
-                    seed=batch_seed(self.seed, update, first),
+                    seed=mix_seed(self.seed, update, first),
                 )
                 for first in range(0, len(chosen), size)
             ]
         )
 
 
-def batch_seed(seed: int, update: int, first: int) -> int:
-    """A number of 63 bits, which every generator takes, for the micro-batch that begins at bin `first`."""
-    return int(np.random.SeedSequence((seed, update, first)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def mix_seed(*numbers: int) -> int:
+    """One seed from several numbers that are not negative, such as (seed, update).
+
+    Shifted into one number they would not do: torch's CPU generator reads the low 32 bits of a seed only, and refuses
+    more than 64.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 _ORDERS: dict[tuple[int, int, int], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}

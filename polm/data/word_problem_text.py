@@ -5,9 +5,12 @@ Four steps, all of them functions of the question alone, so held-out questions a
 1. Numbers are masked and called N0, N1, ... by size, the largest first (equal ones in order of appearance). Which of
    two numbers is larger decides between N0 - N1 and N1 - N0, and a masked number would hide it.
 2. Words are lower-cased and stand between single spaces, as do punctuation marks.
-3. Names become name0, name1, ... in order of appearance: it never matters who has the apples, only who is who.
+3. Names become name0, name1, ...: it never matters who has the apples, only who is who.
 4. What is counted becomes thing0, thing1, ...: the words after a number that the question mentions again. Which
    number the question asks about is then visible even if the word itself was never seen in training.
+
+Names and things are counted from the part that asks ("how many ..."), then from the beginning: name0 and thing0 are
+whom and what the question is about.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 from polm.data.benchmarks import ANSWER_MARKER
@@ -29,8 +33,10 @@ CommonWords = frozenset[str]
 THING_WINDOW = 3
 _WORD = re.compile(r"N[0-9](?![0-9])|'s\b|[^\W\d_]+(?:'(?!s\b)[^\W\d_]+)?|[0-9]+(?:\.[0-9]+)?|[^\w\s]")
 _VARIABLE = re.compile(r"N[0-9]")
+_SYMBOL = re.compile(r"(name|thing)[0-9]+")
 _TITLE = re.compile(r"\b(Dr|Mr|Mrs|Ms)\.")  # with this full stop a title would end a sentence
 _SENTENCE_ENDS = frozenset('.?!"')
+_QUESTION_WORDS = frozenset(["how", "what", "which"])
 # A skipped word may stand between a number and its thing ("N0 more of the ..."); a kept one is no thing itself.
 _SKIPPED_WORDS = frozenset(["more", "other", "different", "of"])
 _KEPT_WORDS = frozenset(
@@ -96,7 +102,7 @@ def render_problem(problem: Problem, common_words: CommonWords) -> Rendered:
     """
     order = sorted(range(len(problem.numbers)), key=lambda index: (-problem.numbers[index], index))
     names = {f"N{index}": f"N{rank}" for rank, index in enumerate(order)}
-    words = _name_things(_name_persons(split_words(problem.masked), common_words))
+    words = _mask_words(problem.masked, common_words)
     prompt = " ".join(names.get(word, word) for word in words)
     expression = format_expression(_sort_operands(_rename(problem.equation, names)))
     numbers = tuple(problem.numbers[index] for index in order)
@@ -110,7 +116,7 @@ def normalise_question(problem: Problem) -> str:
 
 def mask_question(problem: Problem, common_words: CommonWords) -> str:
     """The question with names and things masked and every number as N: equal for questions of one pattern."""
-    words = _name_things(_name_persons(split_words(problem.masked), common_words))
+    words = _mask_words(problem.masked, common_words)
     return " ".join("N" if _VARIABLE.fullmatch(word) else word for word in words)
 
 
@@ -120,16 +126,17 @@ def renumber(problem: Problem, rng: Random) -> Problem | None:
     Numbers change places and are multiplied by small factors; each step's value must stay on its side of zero and of
     one (what is subtracted stays smaller), and all numbers must be different. None where no such numbers were found.
     """
-    kinds = [(value > 0, value >= 1) for value in _list_step_values(problem.equation, problem.numbers)]
+    kinds = _list_step_kinds(problem.equation, problem.numbers)
     for _ in range(8):
         numbers = [value * rng.choice((1, 1, 2, 3)) for value in rng.sample(problem.numbers, len(problem.numbers))]
-        values = _list_step_values(problem.equation, numbers)
-        same_kinds = [(value > 0, value >= 1) for value in values] == kinds
-        if same_kinds and len(set(numbers)) == len(numbers) and tuple(numbers) != problem.numbers:
-            return replace(problem, numbers=tuple(numbers), answer=values[-1], equations=(problem.equation,))
+        is_new = len(set(numbers)) == len(numbers) and tuple(numbers) != problem.numbers
+        if is_new and _list_step_kinds(problem.equation, numbers) == kinds:
+            answer = compute_value(problem.equation, numbers)
+            return replace(problem, numbers=tuple(numbers), answer=answer, equations=(problem.equation,))
     return None
 
 
+@lru_cache(maxsize=20_000)
 def stem(word: str) -> str:
     """A plural in its singular, roughly; other words as they are."""
     if word.endswith("ies") and len(word) > 4:
@@ -137,6 +144,30 @@ def stem(word: str) -> str:
     if re.search(r"(?:ch|sh|x|ss|z|o)es$", word):
         return word[:-2]
     return word[:-1] if len(word) > 3 and re.search(r"[^siu]s$", word) else word
+
+
+@lru_cache(maxsize=20_000)  # every variant of a question has the same words
+def _mask_words(masked: str, common_words: CommonWords) -> tuple[str, ...]:
+    """The words of a question with masked names and things, both counted as described at the top of this file."""
+    words = _name_things(_name_persons(split_words(masked), common_words))
+    seen: Counter[str] = Counter()
+    names: dict[str, str] = {}
+    for word in [*words[_find_asking_part(words)], *words]:
+        if (symbol := _SYMBOL.fullmatch(word)) and word not in names:
+            names[word] = f"{symbol[1]}{seen[symbol[1]]}"
+            seen[symbol[1]] += 1
+    return tuple(names.get(word, word) for word in words)
+
+
+def _find_asking_part(words: Sequence[str]) -> slice:
+    """The last sentence with a question mark (else the last one), from its question word on."""
+    ends = [index for index, word in enumerate(words) if word in ".?!"]
+    starts = [0, *(index + 1 for index in ends)]
+    sentences = [range(begin, end) for begin, end in zip(starts, [*starts[1:], len(words)], strict=True) if begin < end]
+    asking = [sentence for sentence in sentences if "?" in words[sentence.start : sentence.stop]]
+    last = (asking or sentences or [range(0)])[-1]
+    begin = next((index for index in last if words[index] in _QUESTION_WORDS), last.start)
+    return slice(begin, last.stop)
 
 
 def _name_persons(words: Sequence[str], common_words: CommonWords) -> list[str]:
@@ -205,10 +236,11 @@ def _list_operands(tree: Node, symbol: str) -> list[Node]:
     return [tree]
 
 
-def _list_step_values(tree: Node, numbers: Sequence[float]) -> list[float]:
-    """Values of all operations, inner ones first; a step without a value is nan, and so is neither above 0 nor 1."""
+def _list_step_kinds(tree: Node, numbers: Sequence[float]) -> list[str]:
+    """For each operation, inner ones first: is its value undefined, negative, zero, below one, or one and more."""
     if not isinstance(tree, tuple):
         return []
-    inner = _list_step_values(tree[1], numbers) + _list_step_values(tree[2], numbers)
     value = compute_value(tree, numbers)
-    return [*inner, value if not math.isnan(value) else -math.inf]
+    kind = "undefined" if math.isnan(value) else "negative" if value < 0 else "zero" if value == 0 else "below one"
+    inner = _list_step_kinds(tree[1], numbers) + _list_step_kinds(tree[2], numbers)
+    return [*inner, "one and more" if value >= 1 else kind]

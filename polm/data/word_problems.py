@@ -100,7 +100,7 @@ def build_word_problems_dataset(
         "prompts.jsonl": writer.draw_prompts(split.prompts, num_variants),
     }
     benchmarks = {name: writer.build_benchmark(name, split.held_out, num_items) for name in BENCHMARKS}
-    files |= {f"benchmarks/{name}.jsonl": rows for name, rows in benchmarks.items()}
+    files |= {f"benchmarks/{name}.jsonl": rows for name, rows in benchmarks.items() if rows}
     written = {name: _write(out / name, rows) for name, rows in files.items()}
     used = sum(len(rows) for rows in benchmarks.values())
     ledger["held out, in no benchmark"] = len(split.held_out) - used
@@ -250,8 +250,10 @@ def _resolve_ambiguous(split: Split, ledger: Ledger) -> Split:
     score = learn_operator_cues(split.supervised)
 
     def resolve(problem: Problem) -> Problem:
+        if len(problem.equations) == 1:
+            return problem
         best = max(problem.equations, key=lambda equation: score(problem, equation))
-        ledger["ambiguous equations/decided by cues"] += len(problem.equations) > 1
+        ledger["ambiguous equations/decided by cues"] += 1
         ledger["ambiguous equations/not the simplest"] += best != problem.equation
         return replace(problem, equations=(best,))
 

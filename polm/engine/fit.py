@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polm.data.packing import mix_seed
 from polm.engine.checkpoint import restore_checkpoint, save_checkpoint
 from polm.engine.device import use_bf16
 from polm.engine.optimizer import build_optimizers, set_rate
@@ -80,7 +81,7 @@ def fit(
     line: dict[str, Any] = {}
     began = time.perf_counter() - progress.seconds
     for update in range(progress.update, source.num_updates):
-        torch.manual_seed((settings.seed << 32) + update)  # dropout, where a model has it
+        torch.manual_seed(mix_seed(settings.seed, update))  # dropout, where a model has it
         rate = set_rate(optimizers, compute_rate_factor(update, source.num_updates, settings.schedule))
         step = source.step(update, model)
         loss, measured = accumulate(model, step.batches, objective, temperature, bf16)

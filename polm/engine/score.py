@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polm.models.forest_attention import round_rows
 from polm.models.loading import compute_hidden, output_head
 from polm.tokens import Needs, Scores, TokenBatch
 
 MAX_LOGITS = 1 << 24  # logits of one chunk: 64 MB in float32
-ROUND_ROWS = 64
 
 
 def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
@@ -40,13 +40,12 @@ def score(
     needs = needs or Needs()
     device = batch.tokens_T.device.type
     with autocast(device, bf16):
-        hidden_TD = compute_hidden(model, batch)
+        hidden_TD = compute_hidden(model, batch, round_up=bf16)
     ids_NK = batch.target_tokens_N[:, None]
     if needs.candidates is not None:
         ids_NK = torch.cat([ids_NK, batch.at_targets(needs.candidates)], dim=1)
     num_targets = len(ids_NK)
-    # Rows up to a round number: CPU bf16 products are compiled and kept for each new shape, which costs memory.
-    spare = -num_targets % ROUND_ROWS if bf16 else 0
+    spare = round_rows(num_targets) - num_targets if bf16 else 0
     hidden_ND = hidden_TD.index_select(0, torch.nn.functional.pad(batch.target_predictors_N, (0, spare)))
     ids_NK = torch.nn.functional.pad(ids_NK, (0, 0, 0, spare))
     weight, cap = output_head(model)
@@ -65,7 +64,7 @@ def score(
 def score_top_k(model: PreTrainedModel, batch: TokenBatch, top_k: int, *, bf16: bool = False) -> tuple[Tensor, Tensor]:
     """The `top_k` likeliest next tokens at each target: (ids [N, K] int64, log-probabilities [N, K] float32)."""
     with autocast(batch.tokens_T.device.type, bf16):
-        hidden_TD = compute_hidden(model, batch)
+        hidden_TD = compute_hidden(model, batch, round_up=bf16)
     hidden_ND = hidden_TD.index_select(0, batch.target_predictors_N)
     weight, cap = output_head(model)
     ids, values = [], []

@@ -142,11 +142,24 @@ class _Block:
         return self.queries[1] - self.queries[0]
 
 
-def build_plan(batch: TokenBatch, num_heads: int) -> ForestPlan:
-    """The plan for a batch; `num_heads` only bounds the size of one product."""
+def round_rows(count: int) -> int:
+    """`count` up to one of eight sizes an octave (and to a multiple of 64 below 1,024).
+
+    CPU bf16 products are compiled for each new shape, and the code is kept: with a free number of rows a long run's
+    memory grows by hundreds of megabytes.
+    """
+    step = max(64, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def build_plan(batch: TokenBatch, num_heads: int, spare: int = 0) -> ForestPlan:
+    """The plan for a batch; `num_heads` only bounds the size of one product.
+
+    `spare` rows stand behind the stream, belong to no tree, and get an output that nobody may read.
+    """
     blocks = _cut_blocks(batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist())
     positions = batch.positions_T.cpu().numpy()
-    inverse = np.zeros(batch.num_tokens, dtype=np.int64)
+    inverse = np.zeros(batch.num_tokens + spare, dtype=np.int64)
     groups, offset = [], 0
     for members in _group_blocks(blocks, num_heads):
         groups.append(_build_group(members, positions, inverse, offset, batch.tokens_T.device))
@@ -186,7 +199,7 @@ def _group_blocks(blocks: list[_Block], num_heads: int) -> list[list[_Block]]:
 
 
 def _round_up(size: int, step: int) -> int:
-    """Sizes above `step` go up to its next multiple: CPU bf16 products are compiled and kept for each new shape."""
+    """Sizes above `step` go up to its next multiple, for the reason that `round_rows` gives."""
     return size if size <= step else -(-size // step) * step
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from polm.errors import ModelError, StoreError
-from polm.models.forest_attention import FOREST, build_plan
+from polm.models.forest_attention import FOREST, build_plan, round_rows
 from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
@@ -159,6 +159,8 @@ def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
     for module in model.modules():  # each layer has read it from the config already
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+        if isinstance(inner := getattr(module, "attn_dropout", None), nn.Dropout):
+            inner.p = 0.0
     _check_forest(model, check_ids, expected, name)
     return model.train()
 
@@ -192,19 +194,23 @@ def _check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.
         )
 
 
-def compute_hidden(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
-    """Final hidden states of the stream, [T, width], after the last norm."""
-    plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads))
+def compute_hidden(model: PreTrainedModel, batch: TokenBatch, *, round_up: bool = False) -> torch.Tensor:
+    """Final hidden states of the stream, [T, width], after the last norm.
+
+    With `round_up` the products run over a round number of rows (see `round_rows`); the spare rows are cut off again.
+    """
+    spare = round_rows(batch.num_tokens) - batch.num_tokens if round_up else 0
+    plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare)
     decoder = model.get_decoder()
     out = decoder(
-        input_ids=batch.tokens_T[None],
-        position_ids=batch.positions_T[None],
+        input_ids=torch.nn.functional.pad(batch.tokens_T, (0, spare))[None],
+        position_ids=torch.nn.functional.pad(batch.positions_T, (0, spare))[None],
         attention_mask=None,
         use_cache=False,
         forest=plan,
     )
     hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden
+    return hidden[: batch.num_tokens]
 
 
 def output_head(model: PreTrainedModel) -> tuple[nn.Parameter, float | None]:

@@ -32,7 +32,7 @@ from polm.models.loading import count_parameters, load_model, load_tokenizer, sa
 from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
-from polm.tokens import Array, Objective, Tree
+from polm.tokens import Array, Objective, Tree, tree_length
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -161,10 +161,14 @@ def train_on_trees(
 
 
 def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger) -> PackedTrees:
-    """Pack trees as the settings say, and count what packing did."""
+    """Pack trees as the settings say, and count what packing did.
+
+    A pair of two long answers is longer than the context; the longest tree then sets the length of the bins.
+    """
+    bin_tokens = max(settings.bin_tokens, max(map(tree_length, trees), default=0))
     packed = pack_trees(
         trees,
-        bin_tokens=settings.bin_tokens,
+        bin_tokens=bin_tokens,
         bins_per_update=settings.bins_per_update,
         micro_bins=settings.micro_bins,
         updates=settings.updates,
@@ -172,7 +176,7 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
         seed=settings.seed,
     )
     ledger["bins"] += len(packed.bins)
-    ledger["tokens_of_room_unused"] += len(packed.bins) * settings.bin_tokens - ledger["tokens_kept"]
+    ledger["tokens_of_room_unused"] += len(packed.bins) * bin_tokens - ledger["tokens_kept"]
     return packed
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polm.data.benchmarks import read_benchmark_folder
-from polm.data.readers import read_conversations, read_documents, read_prompts
+from polm.data.readers import read_conversations, read_documents, read_preferences, read_prompts
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
 from polm.errors import DataError
@@ -20,6 +20,7 @@ READERS: dict[str, Callable[[Path], Sequence[object]]] = {
     "pretrain.jsonl": read_documents,
     "midtrain.jsonl": read_documents,
     "sft.jsonl": read_conversations,
+    "preferences.jsonl": read_preferences,
     "prompts.jsonl": read_prompts,
 }
 

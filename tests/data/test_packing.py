@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from polm.data.packing import PackedTrees, epoch_order, pack_best_fit, pack_trees
+from polm.data.packing import PackedTrees, epoch_order, mix_seed, pack_best_fit, pack_trees
 from polm.errors import DataError
 from polm.tokens import TokenBatch, Tree, build_document
 
@@ -149,6 +149,17 @@ def test_seeds_of_any_size(seed: int) -> None:
         for batch in packed.step(u).batches
     ]
     assert len(set(draws)) == 6
+
+
+def test_other_seeds_draw_other_numbers() -> None:
+    """Torch's CPU generator reads 32 bits of a seed: the recipe's seed must be among them."""
+    draws = set()
+    for seed in range(4):
+        (batch, _) = build_packed(seed=seed, updates=1).step(0).batches
+        draws.add(float(torch.rand((), generator=torch.Generator().manual_seed(batch.seed))))
+    assert len(draws) == 4
+    assert len({mix_seed(a, b) & 0xFFFFFFFF for a in range(5) for b in range(5)}) == 25
+    assert mix_seed(3, 4) == mix_seed(3, 4) < 2**63
 
 
 def test_the_memory_of_orders_changes_nothing() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from polm.apps.show import describe_line
 from polm.data.packing import PackedTrees, pack_trees
@@ -20,6 +20,7 @@ from polm.engine import fit as loop
 from polm.engine.checkpoint import list_checkpoints
 from polm.engine.fit import FitResult, MetricsLog, fit
 from polm.errors import NonFiniteError, StoreError
+from polm.models.loading import prepare_model
 from polm.objectives.ntp import build_ntp
 from polm.objectives.remit import build_remit
 from polm.recipe import OptimizerSettings, PackedSettings, ScheduleSettings
@@ -108,6 +109,34 @@ def test_a_stopped_run_goes_on_to_the_same_bits(build_tiny: Build, tmp_path: Pat
     expected = read_lines(tmp_path / "whole")
     assert [without_clock(line) for line in lines] == [without_clock(line) for line in expected]
     assert all(b["seconds"] >= a["seconds"] for a, b in itertools.pairwise(lines))
+
+
+def test_dropout_is_drawn_anew_from_seed_and_update(tmp_path: Path) -> None:
+    """What is random in an update depends on nothing before it, so a stop changes nothing."""
+    settings = build_settings(checkpoint_every=3)
+
+    def run(workdir: Path, stop_after: int, seed: int = 3) -> list[float]:
+        config = AutoConfig.for_model(
+            "gpt2", vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=None, eos_token_id=1
+        )
+        torch.manual_seed(0)
+        model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), "gpt2")
+        losses: list[float] = []
+
+        def report(line: Mapping[str, Any]) -> None:
+            losses.append(line["loss"])
+            if len(losses) == stop_after:
+                raise Stopped
+
+        own = settings.model_copy(update={"seed": seed})
+        fit(model, build_source(settings), build_ntp(), own, workdir, report=report)
+        return losses
+
+    whole = run(tmp_path / "whole", 0)
+    with pytest.raises(Stopped):
+        run(tmp_path / "parts", 5)
+    assert run(tmp_path / "parts", 0) == whole[3:]
+    assert run(tmp_path / "other", 0, seed=4)[0] != whole[0]  # the same batch, other dropout
 
 
 def test_without_checkpoints_it_starts_again(build_tiny: Build, tmp_path: Path) -> None:

@@ -67,7 +67,11 @@ def test_temperature_is_the_samplers(artifact: Any, tmp_path: Path, read_rows: A
     changes = {"updates": 1, "temperature": 0.7, "top_p": 0.9, "top_k": 20}
     settings = artifact.spec("grpo")[1].model_copy(update=changes)
     artifact.run("grpo", settings, artifact.inputs("grpo"), tmp_path / "out")
-    assert read_rows(tmp_path / "out" / "metrics.jsonl")[0]["rl/sampler_gap_max"] < 1e-3
+    line = read_rows(tmp_path / "out" / "metrics.jsonl")[0]
+    assert line["rl/sampler_gap_max"] < 1e-3
+    # The policy before the update and the reference are read at that temperature too.
+    assert line["rl/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert line["rl/kl"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_epochs_are_counted_in_prompts(artifact: Any, tmp_path: Path) -> None:
