@@ -116,7 +116,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             if not isinstance(inner, dict):
                 raise RecipeError(f"override {override!r}: {section} is {inner!r}, not a section with keys of its own")
             target = inner
-        if isinstance(target.get(last), dict) and not isinstance(value, dict):
+        if isinstance(target.get(last), dict) and isinstance(value, str):
             target[last]["path"] = value
         else:
             target[last] = value

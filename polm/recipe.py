@@ -264,6 +264,12 @@ class EvalSettings(Settings):
 # ---- the flywheel --------------------------------------------------------------------------------------------------
 
 
+# What arms may differ in: everything else (data order, seed, optimizer) is shared, or they could not be compared.
+WEIGHTING_FIELDS = frozenset(
+    ("weighting", "eps", "temperature", "centring", "base", "denominator", "keep", "scope", "alpha", "top_k")
+)
+
+
 class Arm(Settings):
     """One way of mid-training, run through every cycle. `changes` go over the recipe's midtrain section."""
 
@@ -291,6 +297,18 @@ class Recipe(Settings):
     workers: Number = Field(0, description="stages run at once; 0 = one a core", json_schema_extra=NOT_SEMANTIC)
 
     @model_validator(mode="after")
+    def _check_passes(self) -> Recipe:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}: give at least one, each once")
+        if self.midtrain.weighting != "ntp":
+            raise ValueError("midtrain.weighting must be ntp here: it is the control; weightings go into arms")
+        if self.eval.format != "chat":
+            raise ValueError("eval.format is set by the flywheel (plain for the base, chat afterwards); leave it out")
+        if self.dpo is None and any(arm.guide == "dpo" for arm in self.arms.values()):
+            raise ValueError("an arm has guide: dpo, and dpo is null")
+        return self
+
+    @model_validator(mode="after")
     def _check_arms(self) -> Recipe:
         for name, arm in self.arms.items():
             if name == "ntp":
@@ -299,9 +317,10 @@ class Recipe(Settings):
                 raise ValueError(f"arm name {name!r}: use letters, digits, - and _")
             if "weighting" not in arm.changes:
                 raise ValueError(f"arms.{name}.changes names no weighting (remit, rho1, distill or shuffled)")
-            unknown = sorted(set(arm.changes) - set(MidtrainSettings.model_fields))
+            unknown = sorted(set(arm.changes) - WEIGHTING_FIELDS)
             if unknown:
-                raise ValueError(f"arms.{name}.changes: unknown {unknown}; allowed are the fields of midtrain")
+                allowed = ", ".join(sorted(WEIGHTING_FIELDS))
+                raise ValueError(f"arms.{name}.changes: {unknown} may not differ between arms; allowed: {allowed}")
         if (self.pairs is None) != (self.dpo is None):
             raise ValueError("pairs and dpo go together: give both, or set both to null")
         return self

@@ -34,8 +34,8 @@ MAX_FILE_LINES = 600
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
     {"tokens", "errors", "config", "recipe"},
-    {"objectives", "signals", "text", "weights", "demo"},
-    {"models", "data"},
+    {"signals", "text", "weights", "demo"},
+    {"objectives", "models", "data"},
     {"engine"},
     {"rollout"},
     {"rewards"},
@@ -46,10 +46,6 @@ ORDER: tuple[set[str], ...] = (
     {"apps"},
     {"__main__"},
 )
-# (room, sibling that it may import): why.
-SIBLINGS = {
-    ("objectives", "signals"): "an objective of the live learner computes its token weights inside the loss",
-}
 # "file:function": why it is longer than 60 lines.
 LONG_FUNCTIONS: dict[str, str] = {}
 # Sections that are handed on whole, field by field as keyword arguments: what takes them.
@@ -112,11 +108,10 @@ def test_imports_go_from_right_to_left() -> None:
             seen.add((own, other))
             level, own_level = level_of(other), level_of(own)
             siblings = level == own_level and own_level > 0
-            if level > own_level or (siblings and (own, other) not in SIBLINGS):
+            if level > own_level or siblings:
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {own} imports {other}")
     assert wrong == []
     assert ("stages", "engine") in seen  # the walk does find imports
-    assert set(SIBLINGS) <= seen  # no exception outlives its reason
 
 
 def test_every_room_has_its_place() -> None:

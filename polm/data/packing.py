@@ -69,6 +69,12 @@ class PackedTrees:
             out.append(int(epoch_order(len(self.bins), self.seed, epoch)[offset]))
         return out
 
+    def find_unseen(self) -> list[int]:
+        """Trees that the updates end before; none once they reach past the first epoch."""
+        reached = self.num_updates * self.bins_per_update
+        order = epoch_order(len(self.bins), self.seed, 0)
+        return [i for b in order[reached:] for i in self.bins[int(b)]]
+
     def step(self, update: int, model: Any = None) -> Step:
         """The micro-batches of an update; the model has no say in them."""
         del model

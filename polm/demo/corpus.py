@@ -50,9 +50,14 @@ class Mixture:
     chat: float
 
 
+def sort_words(prompt: str) -> tuple[str, ...]:
+    """What a prompt and its twins have in common: the same words in another order (`a or b`, `b or a`)."""
+    return tuple(sorted(prompt.split()))
+
+
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the tenth that only benchmarks may use. Depends on its text alone."""
-    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    """Whether a prompt belongs to the tenth that only benchmarks may use, with all of its reordered twins."""
+    digest = hashlib.blake2b(" ".join(sort_words(prompt)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
@@ -133,18 +138,19 @@ def build_benchmark(task: str, num_items: int) -> list[Item]:
 
 
 def find_contaminated(texts: Iterable[str], prompts: Collection[str]) -> list[int]:
-    """Return the indices of the texts that contain one of `prompts` as a run of whole words, anywhere."""
+    """Return the indices of the texts that contain one of `prompts`, or a reordering that begins with the same word,
+    as a run of whole words, anywhere."""
     # A prompt can only begin where its first word stands, so nearly all places are passed over at once.
     lengths: dict[str, set[int]] = {}
     for prompt in prompts:
         words = prompt.split()
         lengths.setdefault(words[0], set()).add(len(words))
-    wanted = {tuple(prompt.split()) for prompt in prompts}
+    wanted = {sort_words(prompt) for prompt in prompts}
     found = []
     for index, text in enumerate(texts):
         words = text.split()
         spans = (words[i : i + length] for i, word in enumerate(words) for length in lengths.get(word, ()))
-        if any(tuple(span) in wanted for span in spans):
+        if any(tuple(sorted(span)) in wanted for span in spans):
             found.append(index)
     return found
 

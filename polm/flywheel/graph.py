@@ -106,15 +106,15 @@ def _add_pass(
     if not start:
         inputs["base"] = root
     model = add("midtrain", "midtrain", seeded(midtrain, seed), inputs, **start)
-    add("eval_base", "eval", _eval(recipe, "plain"), {"model": model, "data": data})
+    add("eval_base", "eval", _eval(recipe, "plain", seed), {"model": model, "data": data})
     model = add("sft", "sft", seeded(recipe.sft, seed), {"base": model, "data": data})
-    add("eval_sft", "eval", _eval(recipe, "chat"), {"model": model, "data": data})
+    add("eval_sft", "eval", _eval(recipe, "chat", seed), {"model": model, "data": data})
     if recipe.dpo is not None and recipe.pairs is not None:
         pairs = add("pairs", "pairs", seeded(recipe.pairs, seed), {"base": model, "data": data})
         model = add("dpo", "dpo", seeded(recipe.dpo, seed), {"base": model, "data": pairs})
-        add("eval_dpo", "eval", _eval(recipe, "chat"), {"model": model, "data": data})
+        add("eval_dpo", "eval", _eval(recipe, "chat", seed), {"model": model, "data": data})
     model = add("grpo", "grpo", seeded(recipe.grpo, seed), {"base": model, "data": data})
-    add("eval_rl", "eval", _eval(recipe, "chat"), {"model": model, "data": data})
+    add("eval_rl", "eval", _eval(recipe, "chat", seed), {"model": model, "data": data})
 
 
 def annotate_settings(midtrain: MidtrainSettings) -> AnnotateSettings:
@@ -130,8 +130,9 @@ def annotate_settings(midtrain: MidtrainSettings) -> AnnotateSettings:
     )
 
 
-def _eval(recipe: Recipe, form: str) -> EvalSettings:
-    return recipe.eval.model_copy(update={"format": form})
+def _eval(recipe: Recipe, form: str, seed: int) -> EvalSettings:
+    """The arms of a seed share their sampling noise, seeds do not."""
+    return recipe.eval.model_copy(update={"format": form, "seed": recipe.eval.seed + seed})
 
 
 def seeded(settings: Any, seed: int) -> Any:

@@ -10,7 +10,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import time
@@ -18,13 +17,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from polm import __version__
 from polm.config import semantic_values, validate
 from polm.errors import StoreError, UserError
 from polm.flywheel.graph import Graph, Node
@@ -32,6 +29,7 @@ from polm.flywheel.store import (
     KEY_LENGTH,
     Work,
     check_artifact,
+    collect_versions,
     compute_key,
     execute,
     external_key,
@@ -244,10 +242,3 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def collect_versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "math-verify")
-    machine = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count()), "machine": platform.machine()}
-    return {"polm": __version__, **{name: version(name) for name in packages}, **machine}

@@ -6,21 +6,29 @@ last and atomically, so a folder without a manifest is unfinished, and running t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import platform
 import resource
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from polm import __version__
 from polm.config import Settings, semantic_values
 from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerprint_values, list_files
+from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
 from polm.recipe import DataStage, FolderData, WordProblemsData
 from polm.stages.common import Context, Stage, StageResult
@@ -96,8 +104,12 @@ def check_artifact(folder: Path, key: str, *, deep: bool = False) -> dict[str, A
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
     """Hold an exclusive lock file; StoreError names the live process that has it. A dead one leaves no lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as handle:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    except OSError as error:
+        raise StoreError(f"{what} cannot be written: {error}; give another folder") from error
+    with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -139,7 +151,10 @@ def execute(work: Work, context: Context) -> dict[str, Any]:
     if is_finished(work.folder):
         return check_artifact(work.folder, key)
     with lock(work.folder.with_name(f".{work.folder.name}.lock"), str(work.folder)):
+        if is_finished(work.folder):  # by a process that held the lock until now
+            return check_artifact(work.folder, key)
         _claim(work.folder, key)
+        _reset_peak_memory()
         started = datetime.now(UTC)
         clock = time.perf_counter()
         try:
@@ -160,7 +175,15 @@ def _claim(folder: Path, key: str) -> None:
     claim = folder / CLAIM
     owner = claim.read_text() if claim.is_file() else ""  # empty after a kill within the write below
     if owner not in ("", key):
-        raise StoreError(f"{folder} holds an unfinished artifact of other settings; remove it or give another folder")
+        if list_checkpoints(folder):
+            raise StoreError(
+                f"{folder} holds an unfinished artifact of other settings, with a checkpoint; "
+                "remove it or give another folder"
+            )
+        # Nothing worth keeping: what a mistake in settings or inputs left must not stand in the way of its cure.
+        shutil.rmtree(folder)
+        folder.mkdir()
+        owner = ""
     if not owner:
         if any(path != claim for path in folder.iterdir()):
             raise StoreError(f"{folder} is not empty and holds no artifact of ours; give an empty or new folder")
@@ -172,6 +195,28 @@ def _unclaim(folder: Path) -> None:
     if [path.name for path in folder.iterdir()] == [CLAIM]:
         (folder / CLAIM).unlink()
         folder.rmdir()
+
+
+def _reset_peak_memory() -> None:
+    """Let Linux count the peak from here on, as a worker runs many stages; elsewhere it counts the whole process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _read_peak_memory() -> float:
+    """Peak resident memory in MB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024, 1)
+    except (OSError, StopIteration):
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def collect_versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    packages = ("torch", "transformers", "tokenizers", "numpy", "math-verify")
+    machine = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count()), "machine": platform.machine()}
+    return {"polm": __version__, **{name: version(name) for name in packages}, **machine}
 
 
 def write_manifest(work: Work, key: str, result: StageResult, started: datetime, seconds: float) -> dict[str, Any]:
@@ -191,8 +236,9 @@ def write_manifest(work: Work, key: str, result: StageResult, started: datetime,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "threads": getattr(work.settings, "threads", 1),
+        "peak_rss_mb": _read_peak_memory(),
+        "threads": torch.get_num_threads(),
+        "versions": collect_versions(),
         "summary": dict(result.summary),
         "ledger": dict(result.ledger),
     }

@@ -141,6 +141,7 @@ def first_line(error: BaseException) -> str:
 
 def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Switch a model to the forest attention and check that it computes the same numbers."""
+    _refuse_shared_frequencies(model, name)
     check_ids = _check_ids(model)
     model.eval()
     with torch.no_grad():
@@ -163,6 +164,17 @@ def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
             inner.p = 0.0
     _check_forest(model, check_ids, expected, name)
     return model.train()
+
+
+def _refuse_shared_frequencies(model: PreTrainedModel, name: str) -> None:
+    """Rotary embeddings whose frequencies come from the longest position of a call tie packed documents together."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    found = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
+    if kinds := sorted(found & {"dynamic", "longrope"}):
+        raise ModelError(
+            f"{name}: its rotary embedding ({', '.join(kinds)}) depends on the longest sequence of a batch, so packed "
+            'documents would not be independent; set rope_type in its config.json to "default" (or yarn, linear, llama3)'
+        )
 
 
 def _check_ids(model: PreTrainedModel) -> torch.Tensor:

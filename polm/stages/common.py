@@ -176,6 +176,9 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
         seed=settings.seed,
     )
     ledger["bins"] += len(packed.bins)
+    unseen = packed.find_unseen()
+    ledger["not_reached"] += len(unseen)
+    ledger["tokens_not_reached"] += sum(tree_length(trees[i]) for i in unseen)
     ledger["tokens_of_room_unused"] += len(packed.bins) * bin_tokens - ledger["tokens_kept"]
     return packed
 
@@ -284,7 +287,8 @@ def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Seq
         if found[what] != expected:
             raise UserError(
                 f"the scores in {folder} were made with another {what} (fingerprint {found[what][:12]}, expected "
-                f"{expected[:12]}); run `polm annotate` with this {what} and the same bin_tokens"
+                f"{expected[:12]}); run `polm annotate` with this {what} and with max_tokens set to this stage's "
+                "bin_tokens"
             )
     if top_k and found["top_k"] < top_k:
         raise UserError(

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from polm.data.packing import epoch_order, pack_best_fit
+from polm.data.packing import epoch_order, mix_seed, pack_best_fit
 from polm.data.readers import Prompt, read_prompts
 from polm.engine.checkpoint import list_checkpoints
 from polm.engine.device import sample_in_bf16, use_bf16
-from polm.engine.fit import MetricsLog
+from polm.engine.fit import COUNT, MetricsLog
 from polm.engine.score import score
 from polm.errors import DataError, UserError
 from polm.models.loading import count_parameters
@@ -64,7 +64,9 @@ class RolloutSource:
         rollout, minibatch = divmod(update, self.settings.updates_per_rollout)
         if minibatch == 0:
             self._roll(rollout, update, model)
-        return Step(self._minibatches[minibatch], self._metrics if minibatch == 0 else {})
+        once = minibatch == 0  # what a rollout measured stands beside each of its updates; its counts are added up once
+        metrics = {k: v for k, v in self._metrics.items() if once or not k.startswith(COUNT)}
+        return Step(self._minibatches[minibatch], metrics)
 
     def _roll(self, rollout: int, update: int, model: PreTrainedModel) -> None:
         chosen = self._choose(rollout)
@@ -97,7 +99,7 @@ class RolloutSource:
             top_p=s.top_p,
             top_k=s.top_k,
             num_samples=s.samples,
-            seed=(s.seed << 24) + rollout,
+            seed=mix_seed(s.seed, rollout),
             stop_token_ids=stop_token_ids(self.base.tokenizer),
         )
         bf16 = sample_in_bf16(s.precision, model.device.type, count_parameters(model))
@@ -168,14 +170,12 @@ def build_rollout_trees(
 ) -> list[Tree]:
     """A prompt with its samples as children; unjudged samples are left out."""
     trees = []
-    for index, prompt in enumerate(prompts):
-        mine = [
-            i
-            for i, c in enumerate(completions)
-            if c.prompt_index == index and verdicts[i].status not in ("timeout", "error") and len(c.tokens)
-        ]
-        if not mine:
-            continue
+    groups: dict[int, list[int]] = {}
+    for i, completion in enumerate(completions):
+        if verdicts[i].status not in ("timeout", "error") and len(completion.tokens):
+            groups.setdefault(completion.prompt_index, []).append(i)
+    for index, mine in sorted(groups.items()):
+        prompt = prompts[index]
         streams = [
             {
                 "advantages": np.full(len(completions[i].tokens), advantages[i], dtype=np.float32),

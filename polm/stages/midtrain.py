@@ -54,6 +54,11 @@ def run(settings: MidtrainSettings, context: Context) -> StageResult:
             f"weighting {settings.weighting} compares with a reference model: give reference=MODEL "
             "(the RL-tuned model of the cycle before) or reference=FOLDER of `polm annotate`"
         )
+    if settings.weighting == "ntp" and "reference" in context.inputs:
+        raise UserError(
+            "a reference is given, and weighting ntp reads none: set weighting=remit (or rho1, distill, shuffled), "
+            "or leave reference out"
+        )
     base = load_base(context.inputs["base"])
     ledger = new_ledger()
     trees = build_document_trees(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
-from polm.data.packing import epoch_order
+from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import Prompt, read_prompts, write_jsonl
 from polm.engine.device import sample_in_bf16
 from polm.errors import DataError
@@ -18,13 +18,16 @@ from polm.rollout.generate import Completion, SamplingParams, generate
 from polm.stages.common import Context, Stage, StageResult, input_file, load_base, start_stage
 from polm.text.chat import render_prompt, stop_token_ids
 
+PAIRS = 1  # which stage draws, where stages share a seed and a file of prompts
+
 
 def run(settings: PairsSettings, context: Context) -> StageResult:
     """Sample answers from `base`, and write right-over-wrong pairs to preferences.jsonl."""
     start_stage(settings, context)
     base = load_base(context.inputs["base"])
     prompts = read_prompts(input_file(context, "data", "prompts.jsonl"))
-    order = epoch_order(len(prompts), settings.seed, 0)[: settings.num_prompts]
+    # Seeds of its own: GRPO walks the same file, and should not begin with the prompts that DPO has just seen.
+    order = epoch_order(len(prompts), mix_seed(settings.seed, PAIRS), 0)[: settings.num_prompts]
     chosen = [prompts[int(i)] for i in order]
     completions = generate(
         base.model,
@@ -34,7 +37,7 @@ def run(settings: PairsSettings, context: Context) -> StageResult:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             num_samples=settings.samples,
-            seed=settings.seed,
+            seed=mix_seed(settings.seed, PAIRS),
             stop_token_ids=stop_token_ids(base.tokenizer),
         ),
         bf16=sample_in_bf16(settings.precision, base.model.device.type, count_parameters(base.model)),
@@ -67,8 +70,11 @@ def build_pairs(
 ) -> list[dict[str, str]]:
     """Up to `pairs_per_prompt` pairs of distinct texts a prompt. Time-outs and errors are on neither side."""
     rows = []
+    groups: dict[int, list[tuple[Completion, Verdict]]] = defaultdict(list)
+    for completion, verdict in zip(completions, verdicts, strict=True):
+        groups[completion.prompt_index].append((completion, verdict))
     for index, prompt in enumerate(prompts):
-        mine = [(c, v) for c, v in zip(completions, verdicts, strict=True) if c.prompt_index == index]
+        mine = groups[index]
         good = sorted({c.text for c, v in mine if v.status == "right"})
         bad = sorted({c.text for c, v in mine if v.status in ("wrong", "unparsed") and c.text.strip()})
         rng = np.random.default_rng((seed, index))
