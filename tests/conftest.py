@@ -74,7 +74,7 @@ ARTIFACTS: dict[str, Spec] = {
         PairsSettings(num_prompts=12, samples=4, max_new_tokens=8, precision="fp32"),
         {"base": "sft", "data": "data"},
     ),
-    "dpo": ("dpo", DPOSettings(**LENGTH, epochs=1), {"base": "sft", "data": "pairs"}),
+    "dpo": ("dpo", DPOSettings(**LENGTH, epochs=6), {"base": "sft", "data": "pairs"}),
     "grpo": (
         "grpo",
         GRPOSettings(

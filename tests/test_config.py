@@ -101,7 +101,11 @@ CASES: list[tuple[str, str, str]] = [
     ("name: small", "name: s\narms: {ntp: {changes: {weighting: ntp}}}", r"the arm ntp is always there"),
     ("name: small", "name: s\narms: {a: {guide: sft}}", r"arms.a.changes names no weighting"),
     ("name: small", "name: s\narms: {'a/b': {changes: {weighting: remit}}}", r"arm name 'a/b': use letters"),
-    ("name: small", "name: s\narms: {a: {changes: {weighting: remit, epz: 1}}}", r"arms.a.changes: unknown \['epz'\]"),
+    (
+        "name: small",
+        "name: s\narms: {a: {changes: {weighting: remit, epz: 1}}}",
+        r"arms.a.changes: \['epz'\] may not differ between arms; allowed: alpha, base",
+    ),
     (
         "name: small",
         "name: s\narms: {a: {guide: rl, changes: {weighting: remit}}}",

@@ -173,7 +173,7 @@ def _refuse_shared_frequencies(model: PreTrainedModel, name: str) -> None:
     if kinds := sorted(found & {"dynamic", "longrope"}):
         raise ModelError(
             f"{name}: its rotary embedding ({', '.join(kinds)}) depends on the longest sequence of a batch, so packed "
-            'documents would not be independent; set rope_type in its config.json to "default" (or yarn, linear, llama3)'
+            "documents would not be independent; set rope_type in its config.json to default, linear, yarn or llama3"
         )
 
 

@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 SMALL = {**SETTINGS, "num_pretrain_docs": 60, "num_midtrain_docs": 20, "num_sft": 20, "num_prompts": 20, "num_items": 5}
 
 # Of the benchmark files with 200 items a task. It changes only when tasks change, and then old scores are void.
-BENCHMARK_DIGEST = "66b4caa62fed765f"
+BENCHMARK_DIGEST = "88d3f0fddb57e55a"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -166,8 +166,22 @@ def test_split_puts_a_tenth_aside() -> None:
     rng = Random(0)
     prompts = {task.ask(rng) for task in TASKS.values() for _ in range(1_000)}
     assert sum(is_held_out(prompt) for prompt in prompts) / len(prompts) == pytest.approx(0.1, abs=0.01)
-    digest = hashlib.blake2b(b"add 147 and 85 .", digest_size=8).hexdigest()
+    digest = hashlib.blake2b(b". 147 85 add and", digest_size=8).hexdigest()
     assert is_held_out("add 147 and 85 .") == (int(digest, 16) % 10 == 0)
+
+
+def test_reordered_twins_are_on_the_same_side() -> None:
+    """The same question in another order is no other question: `bits a or b`, a count over the same things."""
+    rng = Random(0)
+    for _ in range(300):
+        words = TASKS["count"].ask(rng).split()
+        things = words.index("in") + 1
+        shuffled = [word for word in words[things:] if word not in ",."]
+        rng.shuffle(shuffled)
+        twin = " ".join([*words[:things], " , ".join(shuffled), "."])
+        assert sorted(twin.split()) == sorted(words)
+        assert is_held_out(twin) == is_held_out(" ".join(words))
+    assert find_contaminated(["bits 001 or 110 in decimal . steps"], ["bits 110 or 001 in decimal ."]) == [0]
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:

@@ -162,16 +162,27 @@ def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_another_key_are_refused(tmp_path: Path) -> None:
+    """Refused once there is a checkpoint to lose; before that they must not stand in the way of the cure."""
+
     def fail(settings: Any, context: Context) -> StageResult:
         write_file(settings, context)
         raise DataError("later")
 
+    def fail_late(settings: Any, context: Context) -> StageResult:
+        (context.workdir / "checkpoint-00000002").mkdir()
+        (context.workdir / "checkpoint-00000002" / "progress.json").write_text("{}")
+        return fail(settings, context)
+
+    out = tmp_path / "out"
     with pytest.raises(DataError):
-        go(build_work(tmp_path / "out", fail))
-    other = build_work(tmp_path / "out", write_file, settings=TokenizerSettings(vocab_size=10))
-    with pytest.raises(StoreError, match=r"holds an unfinished artifact of other settings; remove it or give another"):
-        go(other)
-    go(build_work(tmp_path / "out", write_file))
+        go(build_work(out, fail))
+    with pytest.raises(DataError):
+        go(build_work(out, fail_late, settings=TokenizerSettings(vocab_size=10)))
+    with pytest.raises(StoreError, match=r"holds an unfinished artifact of other settings, with a checkpoint; remove"):
+        go(build_work(out, write_file))
+    shutil.rmtree(out)
+    go(build_work(out, write_file))
+    other = build_work(out, write_file, settings=TokenizerSettings(vocab_size=10))
     with pytest.raises(StoreError, match=r"holds another artifact \(key .*give another out=FOLDER, or remove this one"):
         go(other)
 
