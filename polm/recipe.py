@@ -67,6 +67,9 @@ class DataStage(Settings):
     """Settings of the `data` stage when it is run on its own."""
 
     data: DataSettings = DemoData()
+    needs: tuple[str, ...] = Field(
+        (), description="files or folders that must be in the result; a flywheel fills it in"
+    )
 
 
 class TokenizerSettings(Settings):

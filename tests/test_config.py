@@ -286,7 +286,7 @@ def test_values_are_plain_json() -> None:
     import json
 
     values = semantic_values(DataStage(data=FolderData(source="folder", path=Path("a/b"))))
-    assert values == {"data": {"source": "folder", "path": "a/b"}}
+    assert values == {"data": {"source": "folder", "path": "a/b"}, "needs": []}
     assert json.loads(json.dumps(semantic_values(Recipe(name="x"))))["name"] == "x"
 
 

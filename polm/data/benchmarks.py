@@ -74,7 +74,7 @@ def format_number(value: float) -> str:
 def read_benchmark(name: str, data: Path) -> list[BenchmarkItem]:
     """Reads a published benchmark (see BENCHMARKS) below the folder `data`, each in the layout it is published in.
 
-    The verifier is "number" where the answer is a plain number, "math" where it is a formula, and "exact" for the
+    The verifier is "math" (plain numbers are compared by value, everything else by math-verify), and "exact" for the
     few answers that are words, times or ratios.
 
     Raises:
@@ -144,7 +144,7 @@ def _build_gsm8k(path: Path, line: int, row: Row) -> BenchmarkItem:
     if value is None:
         raise DataError(f"{path}:{line}: expected a number after {ANSWER_MARKER!r} at the end of answer")
     question = _get_string(path, line, row, "question").strip()
-    return BenchmarkItem(f"gsm8k-{line}", question, format_number(value), _CALCULATION.sub("", worked), "number")
+    return BenchmarkItem(f"gsm8k-{line}", question, format_number(value), _CALCULATION.sub("", worked), "math")
 
 
 def _build_math(path: Path, line: int, row: Row) -> BenchmarkItem:
@@ -164,7 +164,7 @@ def _build_svamp(path: Path, line: int, row: Row) -> BenchmarkItem:
     equation = re.sub(r"\.0\b", "", _get_string(path, line, row, "Equation")).strip()
     prompt = join_sentences(_get_string(path, line, row, "Body"), _get_string(path, line, row, "Question"))
     solution = f"{equation} = {answer}\n{ANSWER_MARKER} {answer}"
-    return BenchmarkItem(f"svamp-{line}", prompt, answer, solution, "number")
+    return BenchmarkItem(f"svamp-{line}", prompt, answer, solution, "math")
 
 
 def _build_asdiv(path: Path, line: int, row: Row) -> BenchmarkItem:
@@ -172,7 +172,7 @@ def _build_asdiv(path: Path, line: int, row: Row) -> BenchmarkItem:
     require_columns(path, line, row, ["body", "question", "formula", "answer"])
     answer = _get_string(path, line, row, "answer").strip()
     if match := _ASDIV_NUMBER.fullmatch(answer):
-        answer, verifier = format_number(float(match[1].replace(",", ""))), "number"
+        answer, verifier = format_number(float(match[1].replace(",", ""))), "math"
     else:
         verifier = "math" if _ASDIV_FRACTION.fullmatch(answer) else "exact"
     prompt = join_sentences(_get_string(path, line, row, "body"), _get_string(path, line, row, "question"))
@@ -185,7 +185,7 @@ def _build_mawps(path: Path, line: int, row: Row) -> BenchmarkItem:
     require_columns(path, line, row, ["input", "target"])
     answer = format_number(_get_number(path, line, row, "target"))
     prompt = _get_string(path, line, row, "input").strip()
-    return BenchmarkItem(f"mawps-{line}", prompt, answer, f"{ANSWER_MARKER} {answer}", "number")
+    return BenchmarkItem(f"mawps-{line}", prompt, answer, f"{ANSWER_MARKER} {answer}", "math")
 
 
 def join_sentences(body: str, question: str) -> str:

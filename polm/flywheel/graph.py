@@ -72,7 +72,9 @@ def _add_roots(graph: Graph, recipe: Recipe, seed: int) -> str:
     data = recipe.data
     if hasattr(data, "seed"):
         data = data.model_copy(update={"seed": data.seed + seed})
-    _add(graph, Node(f"s{seed}/data", "data", DataStage(data=data), seed=seed))
+    needs: tuple[str, ...] = ("midtrain.jsonl", "sft.jsonl", "prompts.jsonl", "benchmarks")
+    needs = needs if recipe.base is not None else ("pretrain.jsonl", *needs)
+    _add(graph, Node(f"s{seed}/data", "data", DataStage(data=data, needs=needs), seed=seed))
     if recipe.base is not None:
         return recipe.base
     _add(graph, Node(f"s{seed}/tokenizer", "tokenizer", recipe.tokenizer, {"data": f"s{seed}/data"}, seed=seed))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from polm.data.benchmarks import read_benchmark_folder
-from polm.data.readers import read_conversations, read_documents, read_preferences, read_prompts
+from polm.data.benchmarks import BenchmarkItem, parse_plain_number, read_benchmark_folder
+from polm.data.readers import Prompt, read_conversations, read_documents, read_preferences, read_prompts
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
 from polm.errors import DataError
 from polm.recipe import DataStage, DemoData, FolderData, WordProblemsData
+from polm.rewards.verify import VERIFIERS
 from polm.stages.common import Context, Stage, StageResult
 
 READERS: dict[str, Callable[[Path], Sequence[object]]] = {
@@ -36,9 +37,32 @@ def run(settings: DataStage, context: Context) -> StageResult:
             )
         case FolderData() as folder:
             summary = copy_folder(folder.path, context.workdir)
+    missing = [name for name in settings.needs if not (context.workdir / name).exists()]
+    if missing:
+        raise DataError(
+            f"the data set lacks {', '.join(missing)}, which later stages read; add them to {_place(settings)}"
+        )
     ledger = {k: v for k, v in summary.get("ledger", {}).items() if isinstance(v, int)}
     counts = {f"records/{name}": info["num_records"] for name, info in summary["files"].items()}
     return StageResult(counts, ledger)
+
+
+def _place(settings: DataStage) -> str:
+    return str(getattr(settings.data, "path", "the data set"))
+
+
+def check_verifiers(path: Path, items: Iterable[Prompt | BenchmarkItem]) -> None:
+    """Every question must name a verifier that exists, and an answer that the verifier can read."""
+    for number, item in enumerate(items, start=1):
+        if item.verifier not in VERIFIERS:
+            raise DataError(
+                f"{path}: question {number} names the verifier {item.verifier!r}; there are {', '.join(VERIFIERS)}"
+            )
+        if item.verifier in ("number", "expression") and parse_plain_number(item.answer) is None:
+            raise DataError(
+                f"{path}: question {number}: the verifier {item.verifier!r} needs a number as the answer, found "
+                f"{item.answer!r:.80}; correct it, or use the verifier exact or math"
+            )
 
 
 def copy_folder(source: Path, out: Path) -> dict[str, Any]:
@@ -53,8 +77,11 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     if not files:
         found = ", ".join(sorted(p.name for p in source.iterdir())[:10]) or "nothing"
         raise DataError(f"{source} holds none of {', '.join(READERS)} (found: {found})")
+    if (source / "prompts.jsonl").is_file():
+        check_verifiers(source / "prompts.jsonl", read_prompts(source / "prompts.jsonl"))
     if (source / "benchmarks").is_dir():
         for name, items in read_benchmark_folder(source / "benchmarks").items():
+            check_verifiers(source / "benchmarks" / f"{name}.jsonl", items)
             files[f"benchmarks/{name}.jsonl"] = {"num_records": len(items)}
         shutil.copytree(source / "benchmarks", out / "benchmarks", dirs_exist_ok=True)
     summary = {"files": files, "ledger": {"records": sum(info["num_records"] for info in files.values())}}

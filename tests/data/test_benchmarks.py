@@ -118,20 +118,20 @@ def test_published_layouts(tmp_path: Path) -> None:
     )
     write(problems / "mawps.jsonl", {"input": "Joan found 70.", "target": 43.0, "type": "singleeq"})
     assert read_benchmark("gsm8k", tmp_path) == [
-        BenchmarkItem("gsm8k-1", "How much?", "1200", "It is 2*600 = 1,200.\n#### 1,200", "number")
+        BenchmarkItem("gsm8k-1", "How much?", "1200", "It is 2*600 = 1,200.\n#### 1,200", "math")
     ]
     assert read_benchmark("math", tmp_path) == [
         BenchmarkItem("math-1", "Half of 1?", r"\frac{1}{2}", r"It is $\boxed{\frac{1}{2}}$.", "math")
     ]
     assert read_benchmark("svamp", tmp_path) == [
-        BenchmarkItem("svamp-1", "He has 290. Each?", "145", "( 290 / 2 ) = 145\n#### 145", "number")
+        BenchmarkItem("svamp-1", "He has 290. Each?", "145", "( 290 / 2 ) = 145\n#### 145", "math")
     ]
     assert [(item.prompt, item.answer, item.verifier) for item in read_benchmark("asdiv", tmp_path)] == [
-        ("Red. How many?", "9", "number"),
+        ("Red. How many?", "9", "math"),
         ("When?", "3:30 p.m.", "exact"),
         ("Which part?", "5/2", "math"),
     ]
-    assert read_benchmark("mawps", tmp_path) == [BenchmarkItem("mawps-1", "Joan found 70.", "43", "#### 43", "number")]
+    assert read_benchmark("mawps", tmp_path) == [BenchmarkItem("mawps-1", "Joan found 70.", "43", "#### 43", "math")]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_real_benchmarks_are_read_whole() -> None:
         assert all(item.prompt and item.answer for item in items)
         verifiers = Counter(item.verifier for item in items)
         if name == "asdiv":
-            assert verifiers["number"] > 2000
-            assert set(verifiers) == {"number", "math", "exact"}
+            assert verifiers["math"] > 2000
+            assert set(verifiers) == {"math", "exact"}
         else:
-            assert set(verifiers) == {"math" if name == "math" else "number"}
+            assert set(verifiers) == {"math"}

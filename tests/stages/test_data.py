@@ -80,3 +80,26 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "mine" / "train.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"holds none of pretrain.jsonl.*\(found: train.jsonl\)"):
         copy(tmp_path / "mine", tmp_path / "b")
+
+
+def test_a_folder_that_later_stages_cannot_use_is_refused_at_once(tmp_path: Path) -> None:
+    """Hours before the stage that would trip over it."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "midtrain.jsonl").write_text('{"text": "a b c"}\n')
+    settings = DataStage(data=FolderData(source="folder", path=folder), needs=("midtrain.jsonl", "sft.jsonl"))
+    with pytest.raises(DataError, match=r"lacks sft\.jsonl, which later stages read"):
+        run(settings, Context(_new(tmp_path / "a"), {}))
+    prompt = {"prompt": "1 + 1", "answer": "2", "verifier": "exactt"}
+    (folder / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    plain = DataStage(data=FolderData(source="folder", path=folder))
+    with pytest.raises(DataError, match=r"prompts\.jsonl: question 1 names the verifier 'exactt'; there are exact"):
+        run(plain, Context(_new(tmp_path / "b"), {}))
+    (folder / "prompts.jsonl").write_text(json.dumps({**prompt, "verifier": "number", "answer": "two"}) + "\n")
+    with pytest.raises(DataError, match=r"question 1: the verifier 'number' needs a number as the answer, found 'two'"):
+        run(plain, Context(_new(tmp_path / "c"), {}))
+
+
+def _new(path: Path) -> Path:
+    path.mkdir()
+    return path
