@@ -1,4 +1,4 @@
-"""Run the flywheel over fresh seeds and write result.json, figure.png and table.md beside this script.
+"""Run the flywheel over fresh seeds and write result.json and figure.png beside this script; prints the table.
 
 python evidence/flywheel/run.py            # goes on where it stopped; about half an hour on two cores
 """
@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from polm.evals.statistics import compute_mean_stderr
+from polm.evals.statistics import compute_mean_stderr, compute_t_interval
 from polm.report.compare import Row, compute_rows, describe_point
 from polm.report.load import load_run
 
@@ -46,6 +46,40 @@ def build_claim(row: Row) -> dict[str, object]:
         "differences": [round(value, 3) for value in differences],
         "holds": bool(better),
     }
+
+
+def read_habit(seed: int, place: str) -> tuple[float, float]:
+    """(share of the base's samples that answer directly, accuracy of the others), both in percent."""
+    lines = (RUNS / NAME / f"s{seed}" / place / "eval_base" / "items.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines]
+    direct = [item["samples_text"][0].startswith("####") for item in items]
+    steps = [item["samples_correct"][0] for item, short in zip(items, direct, strict=True) if not short]
+    return 100 * sum(direct) / len(items), 100 * sum(steps) / max(1, len(steps))
+
+
+def build_habit_claims(seeds: list[int]) -> list[dict[str, object]]:
+    """How much of a sampled gain is a habit: fewer direct answers, against better answers in steps."""
+    claims: list[dict[str, object]] = []
+    for arm in ("remit", "shuffled"):
+        pairs = [(read_habit(seed, f"c1/{arm}"), read_habit(seed, "c0/ntp")) for seed in seeds]
+        for which, words in enumerate(("direct answers, share of samples", "answers in steps, accuracy of samples")):
+            differences = [mine[which] - control[which] for mine, control in pairs]
+            spread, interval = compute_mean_stderr(differences), compute_t_interval(differences)
+            claims.append(
+                {
+                    "claim": f"{arm} · cycle 1 differs from ntp in the base's {words}",
+                    "metric": f"base/{words} (points)",
+                    "arm": f"{arm} · cycle 1",
+                    "control": "ntp · cycle 0",
+                    "seeds": len(differences),
+                    "mean": round(spread.mean, 4),
+                    "stderr": round(spread.stderr, 4),
+                    "interval95": [round(interval.low95, 4), round(interval.high95, 4)],
+                    "differences": [round(value, 3) for value in differences],
+                    "holds": interval.excludes_zero,
+                }
+            )
+    return claims
 
 
 def write_table(rows: list[Row]) -> str:
@@ -103,14 +137,16 @@ def main() -> None:
     subprocess.run(
         [sys.executable, "-m", "polm", "run", str(HERE / "recipe.yaml"), "--runs", str(RUNS), *sys.argv[1:]], check=True
     )
+    run = load_run(RUNS / NAME)
     rows = [
         row
-        for row in compute_rows(load_run(RUNS / NAME)).rows
+        for row in compute_rows(run).rows
         if row.benchmark is None and row.comparison is not None and row.metric.key in METRICS
     ]
     claims = [claim for claim in map(build_claim, rows) if math.isfinite(float(str(claim["mean"])))]
+    claims += build_habit_claims(list(run.seeds))
     (HERE / "result.json").write_text(json.dumps(claims, indent=1) + "\n")
-    (HERE / "table.md").write_text(write_table(rows))
+    print(write_table(rows))
     draw(rows, HERE / "figure.png")
 
 
