@@ -18,7 +18,11 @@ from polm.recipe import (
 )
 
 BYTES_PER_TRAINED_PARAMETER = 16  # float32 weight, gradient and two moments
-PROCESS_BYTES = 450e6  # a worker with torch and transformers loaded, measured on a CPU build
+# Measured on the demo with a CPU build: torch and transformers loaded; what a worker keeps of compiled products and
+# freed memory; and what sampling adds to a training process.
+PROCESS_BYTES = 450e6
+KEPT_BYTES = 150e6
+SAMPLING_BYTES = 250e6
 LIVE_BYTES_PER_TOKEN_AND_UNIT = 34  # activations kept for the backward pass, per token, layer and hidden unit
 
 
@@ -49,7 +53,10 @@ def estimate_node(node: Node, recipe: Recipe) -> Estimate:
     if isinstance(settings, GRPOSettings):
         rollouts = (settings.updates or 0) / settings.updates_per_rollout
         samples = round(rollouts * settings.prompts_per_rollout * settings.samples) if settings.updates else None
-        return Estimate(settings.updates, None, samples, _training_bytes(parameters, shape, settings.bin_tokens))
+        live = _training_bytes(parameters, shape, settings.bin_tokens)
+        if live is not None and parameters is not None:
+            live += SAMPLING_BYTES + (4.0 * parameters if settings.kl_beta > 0 else 0.0)  # the KL reference
+        return Estimate(settings.updates, None, samples, live)
     if isinstance(settings, PackedSettings):
         per_update = settings.bin_tokens * settings.bins_per_update
         tokens = settings.updates * per_update if settings.updates else None
@@ -72,11 +79,11 @@ def _training_bytes(parameters: int | None, shape: ModelShape, tokens: int) -> f
     if parameters is None:
         return None
     live = LIVE_BYTES_PER_TOKEN_AND_UNIT * tokens * shape.num_layers * shape.hidden_size
-    return PROCESS_BYTES + BYTES_PER_TRAINED_PARAMETER * parameters + live
+    return PROCESS_BYTES + KEPT_BYTES + BYTES_PER_TRAINED_PARAMETER * parameters + live
 
 
 def _held(parameters: int | None) -> float | None:
-    return None if parameters is None else PROCESS_BYTES + 4.0 * parameters
+    return None if parameters is None else PROCESS_BYTES + KEPT_BYTES + 4.0 * parameters
 
 
 def estimate_peak(graph: Graph, recipe: Recipe, workers: int) -> float | None:
