@@ -12,10 +12,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,10 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
     running: dict[Future[None], Node] = {}
     busy_folders: set[Path] = set()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+    with (
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as pool,
+        _hold_interrupts() as interrupted,
+    ):
         try:
             while pending or running:
                 for node_id, node in list(pending.items()):
@@ -128,6 +133,8 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
                         del pending[node_id]
                         watch(Event("started", node, len(finished), len(plan.graph), {}))
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                if interrupted():
+                    raise KeyboardInterrupt
                 for future in done:
                     node = running.pop(future)
                     busy_folders.discard(plan.folder(node.id))
@@ -142,6 +149,21 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
             _stop_workers(pool)  # first: a pool that is shut down forgets its processes and waits for them
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _hold_interrupts() -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C and say so when asked, instead of raising anywhere: raised while a lock of the pool is held, it would
+    leave the pool waiting for ever. Outside the main thread Ctrl-C never arrives, and nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: seen.set())
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _raise_failure(future: Future[None], node: Node, plan: Plan) -> None:
