@@ -202,6 +202,7 @@ def test_a_kill_before_the_claim_was_written(tmp_path: Path, content: str | None
     if content is not None:
         (tmp_path / "out" / ".key").write_text(content)
     go(build_work(tmp_path / "out", write_file))
+    assert is_finished(tmp_path / "out")
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -241,6 +241,8 @@ def test_the_end_token_of_base_and_reference_may_differ() -> None:
     base, tuned = train("byte"), train("byte")
     tuned.eos_token = "<|user|>"
     require_same_tokenizer(base, tuned)
+    assert base.eos_token_id != tuned.eos_token_id
+    assert fingerprint_tokenizer(base) != fingerprint_tokenizer(tuned)  # their documents end differently
 
 
 def test_merges_are_compared() -> None:
