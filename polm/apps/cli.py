@@ -160,7 +160,11 @@ def run_stage(name: str, recipe: str | None, words: Sequence[str]) -> None:
 
     stage = STAGES[name]
     roles = (*stage.inputs, *stage.optional_inputs, "out")
-    given = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in roles and "=" in word)
+    pairs = [word.split("=", 1) for word in words if word.split("=", 1)[0] in roles and "=" in word]
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        twice = next(role for role, _ in pairs if sum(other == role for other, _ in pairs) > 1)
+        raise UserError(f"polm {name}: {twice}=… is given more than once; give it once")
     prefix = "" if name in stage.settings.model_fields else f"{name}."
     overrides = [word.removeprefix(prefix) for word in words if word.split("=", 1)[0] not in roles]
     missing = [role for role in (*stage.inputs, "out") if not given.get(role)]

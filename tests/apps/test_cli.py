@@ -105,6 +105,12 @@ def test_a_stage_without_inputs_says_what_it_needs(polm: Cli, name: str, tmp_pat
         assert f"polm {name} needs {', '.join(needed[:-1])}:" in polm(name, "out=x").err
 
 
+def test_an_input_given_twice_is_refused(polm: Cli) -> None:
+    done = polm("sft", "base=a", "data=d", "base=b", "out=o")
+    assert done.code == 2
+    assert "base=… is given more than once" in done.err
+
+
 def test_a_setting_that_has_the_name_of_an_input(polm: Cli, artifact: Any, tmp_path: Path) -> None:
     """`base` is midtrain's model; the setting `base` is written midtrain.base."""
     words = (f"base={artifact('pretrain')}", f"data={artifact('data')}", f"reference={artifact('annotate')}")
