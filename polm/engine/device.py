@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -36,13 +37,23 @@ def sample_in_bf16(precision: str, device: str, num_parameters: int) -> bool:
 
 
 def has_cpu_bf16() -> bool:
-    """Whether the CPU has bf16 products (AVX512-BF16 or AMX); elsewhere torch emulates them slowly."""
+    """Whether bf16 products are faster than float32 ones on this CPU; where unknown, no."""
     try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as handle:
-            flags = next((line for line in handle if line.startswith("flags")), "")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False  # not Linux: no way to ask without a dependency
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    lines = [line.partition(":") for line in text.splitlines()]
+    facts = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    return is_bf16_fast(facts.get("vendor_id", ""), set(facts.get("flags", "").split()))
+
+
+def is_bf16_fast(vendor: str, flags: Collection[str]) -> bool:
+    """AMX multiplies bf16 fast, and so does AVX512-BF16 of AMD's cores; on Intel's it is slower than float32.
+
+    Measured with torch 2.13: a Zen 4 core 190 GF/s in bf16 and 55 to 90 in float32; a Sapphire Rapids core whose AMX
+    is hidden by the virtual machine 52 and 94.
+    """
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and vendor == "AuthenticAMD")
 
 
 def set_threads(threads: int) -> int:

@@ -49,3 +49,17 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert [set_threads(n) for n in (1, 3, 0)] == [1, 3, 6] == chosen
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", {"avx512f", "avx512_bf16", "amx_bf16"}, True),
+        ("GenuineIntel", {"avx512f", "avx512_bf16"}, False),
+        ("AuthenticAMD", {"avx512f", "avx512_bf16"}, True),
+        ("AuthenticAMD", {"avx2"}, False),
+        ("", set(), False),
+    ],
+)
+def test_bf16_is_chosen_where_it_is_faster(vendor: str, flags: set[str], fast: bool) -> None:
+    assert device.is_bf16_fast(vendor, flags) is fast
