@@ -251,6 +251,9 @@ class EvalSettings(Settings):
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     pass_k: tuple[Count, ...] = (4,)
+    not_first: tuple[str, ...] = Field(
+        (), description="also sample answers that begin with none of these texts (steps@1); empty = none"
+    )
     max_new_tokens: Count = 64
     seed: Seed = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -259,6 +262,8 @@ class EvalSettings(Settings):
 
     @model_validator(mode="after")
     def _check_k(self) -> EvalSettings:
+        if self.not_first and not self.samples:
+            raise ValueError("not_first is for sampled answers, and samples is 0: set samples, or leave not_first out")
         if self.samples and any(k > self.samples for k in self.pass_k):
             raise ValueError(f"pass_k {self.pass_k} needs at least as many samples, found {self.samples}")
         return self

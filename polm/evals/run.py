@@ -49,9 +49,10 @@ def evaluate(
     encoded = [encode_item(tokenizer, item, settings.format) for _, item in items]
     prompts = [prompt for prompt, _ in encoded]
     stops = stop_token_ids(tokenizer) if settings.format == "chat" else (int(tokenizer.eos_token_id),)
-    total = len(items) * (1 + settings.samples)
+    in_steps = settings.samples if settings.not_first else 0
+    total = len(items) * (1 + settings.samples + in_steps)
 
-    def sample(temperature: float, num_samples: int, offset: int) -> list[Completion]:
+    def sample(temperature: float, num_samples: int, offset: int, not_first: tuple[int, ...] = ()) -> list[Completion]:
         params = SamplingParams(
             max_new_tokens=settings.max_new_tokens,
             temperature=temperature,
@@ -59,6 +60,7 @@ def evaluate(
             num_samples=num_samples,
             seed=settings.seed,
             stop_token_ids=stops,
+            not_first=not_first,
         )
         progress = lambda done, _: report(offset + done, total)  # noqa: E731
         return generate(model, tokenizer, prompts, params, bf16=bf16, progress=progress)
@@ -67,26 +69,37 @@ def evaluate(
     greedy_verdicts = _judge(items, greedy, settings.time_limit)
     sampled = sample(settings.temperature, settings.samples, len(items)) if settings.samples else []
     sampled_verdicts = _judge(items, sampled, settings.time_limit)
+    banned = find_first_tokens(tokenizer, settings.not_first)
+    stepped = sample(settings.temperature, in_steps, len(items) * (1 + settings.samples), banned) if in_steps else []
+    stepped_verdicts = _judge(items, stepped, settings.time_limit)
     nlls = compute_likelihoods(model, [build_completions(p, [s]) for p, s in encoded], bf16=bf16)
     rows = []
     for i, (name, item) in enumerate(items):
         mine = range(i * settings.samples, (i + 1) * settings.samples)
-        rows.append(
-            {
-                "benchmark": name,
-                "id": item.id,
-                "prompt": item.prompt,
-                "answer": item.answer,
-                "greedy_text": greedy[i].text,
-                "greedy_status": greedy_verdicts[i].status,
-                "greedy_correct": int(greedy_verdicts[i].status == "right"),
-                "samples_correct": [int(sampled_verdicts[j].status == "right") for j in mine],
-                "samples_text": [sampled[j].text for j in mine],
-                "nll": nlls[i],
-                "nll_tokens": len(encoded[i][1]),
-            }
-        )
+        row: dict[str, Any] = {
+            "benchmark": name,
+            "id": item.id,
+            "prompt": item.prompt,
+            "answer": item.answer,
+            "greedy_text": greedy[i].text,
+            "greedy_status": greedy_verdicts[i].status,
+            "greedy_correct": int(greedy_verdicts[i].status == "right"),
+            "samples_correct": [int(sampled_verdicts[j].status == "right") for j in mine],
+            "samples_text": [sampled[j].text for j in mine],
+            "nll": nlls[i],
+            "nll_tokens": len(encoded[i][1]),
+        }
+        if in_steps:
+            row["steps_correct"] = [int(stepped_verdicts[j].status == "right") for j in mine]
+            row["steps_text"] = [stepped[j].text for j in mine]
+        rows.append(row)
     return rows
+
+
+def find_first_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> tuple[int, ...]:
+    """The tokens with which an answer begins that begins with one of `texts`, with or without a space before it."""
+    spellings = [form for text in texts for form in (text, " " + text)]
+    return tuple(sorted({int(tokenizer(form, add_special_tokens=False)["input_ids"][0]) for form in spellings}))
 
 
 def _judge(
@@ -120,7 +133,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], settings: EvalSettings) -> dict
         by_name[row["benchmark"]].append(row)
     benchmarks = {name: _summarise_one(members, settings) for name, members in by_name.items()}
     mean: dict[str, Any] = {}
-    for key in ("greedy", "pass@1", "nll"):
+    for key in ("greedy", "pass@1", "nll", *(("steps@1",) if settings.not_first else ())):
         values = [b[key] for b in benchmarks.values() if b[key] is not None]
         mean[key] = float(np.mean(values)) if values else None
     mean["pass@k"] = {
@@ -136,8 +149,10 @@ def _summarise_one(rows: Sequence[Mapping[str, Any]], settings: EvalSettings) ->
         str(k): float(np.mean([compute_pass_at_k(n, c, k) for n, c in counts]))
         for k in (settings.pass_k if settings.samples else ())
     }
+    steps = [float(np.mean(r["steps_correct"])) for r in rows if r.get("steps_correct")]
     return {
         "num_items": len(rows),
+        "steps@1": float(np.mean(steps)) if steps else None,
         "greedy": float(np.mean([r["greedy_correct"] for r in rows])),
         "pass@1": float(np.mean([c / n for n, c in counts])) if settings.samples else None,
         "pass@k": pass_k,

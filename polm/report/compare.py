@@ -78,6 +78,7 @@ def _build_accuracy(key: str, title: str) -> Metric:
 METRICS = {
     "greedy": _build_accuracy("greedy", "greedy"),
     "pass@1": _build_accuracy("pass@1", "sampled, pass@1"),
+    "steps@1": _build_accuracy("steps@1", "sampled, form of the answer fixed"),
     "pass@k": _build_accuracy("pass@k", "sampled, pass@k"),
     "nll": Metric("nll", "NLL of the solution", "nats/token", "nats/token", 1.0, 3, False),
 }
@@ -165,6 +166,8 @@ def _compute_value(item: Item, metric: str, k: int) -> float | None:
         return item.greedy_correct
     if metric == "nll":
         return item.nll if item.nll_tokens else None
+    if metric == "steps@1":
+        return sum(item.steps_correct) / len(item.steps_correct) if item.steps_correct else None
     if not item.samples_correct:
         return None
     if metric == "pass@1":
@@ -202,6 +205,7 @@ def _get_recorded_score(result: BenchmarkResult, metric: str, k: int) -> float |
     recorded = {
         "greedy": result.greedy,
         "pass@1": result.pass_at_1,
+        "steps@1": result.steps_at_1,
         "pass@k": result.pass_at_k.get(k),
         "nll": result.nll,
     }[metric]

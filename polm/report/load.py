@@ -50,6 +50,7 @@ class BenchmarkResult:
     num_items: int
     greedy: float | None = None
     pass_at_1: Annotated[float | None, Field(alias="pass@1")] = None
+    steps_at_1: Annotated[float | None, Field(alias="steps@1")] = None
     pass_at_k: Annotated[dict[int, float], Field(alias="pass@k")] = field(default_factory=dict)
     nll: float | None = None
     unparsed: float | None = None
@@ -77,6 +78,7 @@ class Item:
     greedy_correct: float | None = None
     samples_correct: list[float] = field(default_factory=list)
     samples_text: list[str] = field(default_factory=list)
+    steps_correct: list[float] = field(default_factory=list)
     nll: float | None = None
     nll_tokens: int | None = None
 

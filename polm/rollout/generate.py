@@ -55,6 +55,7 @@ class SamplingParams:
     stop_token_ids   tokens that end a completion, besides the tokenizer's end-of-text token
     num_samples      completions per prompt
     seed             the draw depends on (seed, prompt index, sample index, step) and on nothing else
+    not_first        tokens that no completion may begin with (its other tokens are free)
     ignore_eos       neither end-of-text nor `stop_token_ids` end a completion (forced lengths for benchmarks)
     """
 
@@ -66,6 +67,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     num_samples: int = 1
     seed: int = 0
+    not_first: tuple[int, ...] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ class SamplingParams:
             "stop": (all(self.stop) and not isinstance(self.stop, str), "a tuple of strings, none of them empty"),
             "num_samples": (self.num_samples >= 1, "at least 1"),
             "seed": (self.seed >= 0, "at least 0"),
+            "not_first": (all(token >= 0 for token in self.not_first), "token ids"),
         }
         for name, (valid, wanted) in expected.items():
             if not valid:
@@ -371,10 +374,11 @@ class _Rows:
         """Draw a token for each of the slots, note it, and see which rows it ends."""
         params, steps = self.params, self.num_tokens[slots].copy()
         logprobs_NV = compute_tempered_logprobs(logits_NV, params.temperature)
+        open_NV = self._forbid_first(logprobs_NV, steps) if params.not_first else logprobs_NV
         if params.temperature == 0:
-            chosen = logprobs_NV.argmax(-1)
+            chosen = open_NV.argmax(-1)
         else:
-            allowed_NV = apply_top_p(apply_top_k(logprobs_NV, params.top_k), params.top_p)
+            allowed_NV = apply_top_p(apply_top_k(open_NV, params.top_k), params.top_p)
             uniforms = torch.from_numpy(compute_uniforms(self.key[slots], steps)).to(logits_NV.device)
             # NaN logits may point behind the vocabulary; they are reported below.
             chosen = sample_inverse_cdf(allowed_NV, uniforms).clamp_(max=logits_NV.shape[1] - 1)
@@ -395,6 +399,16 @@ class _Rows:
             reason[self.stop_strings.find(self.tokens[slots], steps + 1)] = STOP_STRING
         reason[self.is_stop_V[tokens]] = STOP_TOKEN
         self.reason[slots] = reason
+
+    def _forbid_first(self, logprobs_NV: Tensor, steps_N: Array) -> Tensor:
+        """The log-probabilities with -inf at `not_first` in the rows that have no token yet; not renormalised."""
+        first = torch.from_numpy(np.flatnonzero(steps_N == 0)).to(logprobs_NV.device)
+        if not len(first):
+            return logprobs_NV
+        open_NV = logprobs_NV.clone()
+        for token in self.params.not_first:
+            open_NV[first, token] = float("-inf")
+        return open_NV
 
     def _retire(self) -> None:
         """Take the finished rows out and close the gaps with the last live rows."""

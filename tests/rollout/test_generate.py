@@ -363,3 +363,26 @@ def test_users_mistakes_are_named(llama: PreTrainedModel, words: PreTrainedToken
         broken.model.norm.weight[0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"2 of 2 rows"):
         generate(broken, words, [[5], [6]], params)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_that_no_completion_may_begin_with(
+    llama: PreTrainedModel, words: PreTrainedTokenizerFast, temperature: float
+) -> None:
+    prompts = [[5, 9, 11], [7, 8], [20]]
+    free = generate(llama, words, prompts, SamplingParams(6, temperature, num_samples=4, seed=3))
+    banned = tuple(sorted({int(c.tokens[0]) for c in free}))
+    params = SamplingParams(6, temperature, num_samples=4, seed=3, not_first=banned)
+    bound = generate(llama, words, prompts, params)
+    assert not {int(c.tokens[0]) for c in bound} & set(banned)
+    # Only the first token is restricted, and its log-probability is that of the whole distribution.
+    for completion in bound[::4]:
+        prompt = np.array(prompts[completion.prompt_index])
+        batch = collate([build_completions(prompt, [np.array([token]) for token in range(97)])])
+        with torch.no_grad():
+            logp = score(llama, batch).logprobs_N
+        first = int(completion.tokens[0])
+        assert completion.logprobs[0] == pytest.approx(float(logp[first]), abs=1e-5)
+        if temperature == 0.0:
+            logp[list(banned)] = float("-inf")
+            assert first == int(logp.argmax())

@@ -112,3 +112,23 @@ def test_benchmarks_that_are_not_there(artifact: Any, tmp_path: Path) -> None:
     inputs = {"model": str(artifact("grpo")), "data": str(artifact("pairs"))}
     with pytest.raises(DataError, match=r"has no benchmarks/ folder; name published ones"):
         artifact.run("eval", EvalSettings(), inputs, tmp_path / "b")
+
+
+def test_answers_whose_form_is_fixed(artifact: Any, tmp_path: Path, read_rows: Any) -> None:
+    settings = EvalSettings(
+        samples=2, pass_k=(1,), max_new_tokens=8, num_items=5, format="plain", precision="fp32", not_first=("####",)
+    )
+    artifact.run("eval", settings, artifact.inputs("eval"), tmp_path / "out")
+    rows = read_rows(tmp_path / "out" / "items.jsonl")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(not text.startswith("####") for row in rows for text in row["steps_text"])
+    assert all(len(row["steps_correct"]) == 2 for row in rows)
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_name[row["benchmark"]].append(float(np.mean(row["steps_correct"])))
+    assert results["mean"]["steps@1"] == pytest.approx(np.mean([np.mean(values) for values in by_name.values()]))
+
+
+def test_a_fixed_form_needs_samples() -> None:
+    with pytest.raises(ValueError, match="not_first is for sampled answers"):
+        EvalSettings(samples=0, pass_k=(), not_first=("####",))
