@@ -168,18 +168,28 @@ class MidtrainSettings(PackedSettings):
     """Annealing; docs/flywheel.md explains each knob."""
 
     too_long: Literal["error", "truncate", "drop", "split"] = "split"
-    weighting: Literal["ntp", "remit", "rho1", "distill", "shuffled"] = "ntp"
+    weighting: Literal["ntp", "remit", "rho1", "distill", "plausible", "shuffled"] = "ntp"
     eps: Share = Field(0.2, description="remit, shuffled: weights are clipped to [1 - eps, 1 + eps]")
     temperature: Positive = Field(1.0, description="remit, shuffled: divides the centred difference")
     centring: Literal["sequence", "batch", "none"] = "sequence"
     base: Literal["live", "frozen"] = Field(
         "live", description="remit, shuffled, rho1: whose log-probabilities to compare"
     )
-    denominator: Literal["tokens", "weights"] = Field("tokens", description="remit, shuffled")
+    denominator: Literal["tokens", "weights"] = Field("tokens", description="remit, plausible, shuffled")
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.6, description="rho1: share of the tokens kept")
     scope: Literal["batch", "sequence"] = Field("batch", description="rho1: where tokens are ranked")
     alpha: Share = Field(0.5, description="distill: share of the divergence in the loss")
     top_k: Count = Field(16, description="distill: tokens of the reference's distribution that are kept")
+    gamma: NotNegative = Field(1.0, description="plausible: power of p_reference(token) / p_reference(its best token)")
+    floor: BelowOne = Field(0.0, description="plausible: tokens whose ratio is below this are dropped")
+    shuffles: Literal["remit", "plausible"] = Field("remit", description="shuffled: whose weights")
+
+    @property
+    def reference_top_k(self) -> int:
+        """How many of the reference's likeliest tokens the weighting reads."""
+        if self.weighting == "distill":
+            return self.top_k
+        return 1 if "plausible" in (self.weighting, self.shuffles if self.weighting == "shuffled" else "") else 0
 
 
 class SFTSettings(PackedSettings):
@@ -274,7 +284,21 @@ class EvalSettings(Settings):
 
 # What arms may differ in: everything else (data order, seed, optimizer) is shared, or they could not be compared.
 WEIGHTING_FIELDS = frozenset(
-    ("weighting", "eps", "temperature", "centring", "base", "denominator", "keep", "scope", "alpha", "top_k")
+    [
+        "weighting",
+        "eps",
+        "temperature",
+        "centring",
+        "base",
+        "denominator",
+        "keep",
+        "scope",
+        "alpha",
+        "top_k",
+        "gamma",
+        "floor",
+        "shuffles",
+    ]
 )
 
 
@@ -324,7 +348,9 @@ class Recipe(Settings):
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"arm name {name!r}: use letters, digits, - and _")
             if "weighting" not in arm.changes:
-                raise ValueError(f"arms.{name}.changes names no weighting (remit, rho1, distill or shuffled)")
+                raise ValueError(
+                    f"arms.{name}.changes names no weighting (remit, rho1, distill, plausible or shuffled)"
+                )
             unknown = sorted(set(arm.changes) - WEIGHTING_FIELDS)
             if unknown:
                 allowed = ", ".join(sorted(WEIGHTING_FIELDS))

@@ -91,6 +91,7 @@ ARTIFACTS: dict[str, Spec] = {
     "shuffled": ("midtrain", MidtrainSettings(**MIDTRAIN, weighting="shuffled", eps=0.8), REMIT_INPUTS),
     "rho1": ("midtrain", MidtrainSettings(**MIDTRAIN, weighting="rho1", base="frozen"), REMIT_INPUTS),
     "distill": ("midtrain", MidtrainSettings(**MIDTRAIN, weighting="distill", top_k=4), REMIT_INPUTS),
+    "plausible": ("midtrain", MidtrainSettings(**MIDTRAIN, weighting="plausible", floor=0.01), REMIT_INPUTS),
     "eval": (
         "eval",
         EvalSettings(samples=2, pass_k=(1, 2), max_new_tokens=8, precision="fp32"),

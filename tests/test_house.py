@@ -164,7 +164,7 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill"):
+    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible"):
         workshop(name)
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)

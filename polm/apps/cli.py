@@ -223,7 +223,7 @@ STAGE_HELP = {
     "tokenizer": "train a tokenizer",
     "pretrain": "next-token prediction from random weights",
     "annotate": "log-probabilities of a frozen model over a data set",
-    "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, shuffled)",
+    "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs from a model's own samples",
     "dpo": "direct preference optimisation",

@@ -53,9 +53,11 @@ def annotate_trees(
         batch = collate(trees[i] for i in members).to(model.device)
         places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in members])
         targets = places[batch.targets_N.cpu().numpy()]
-        out.logprobs[targets] = score(model, batch, bf16=bf16).logprobs_N.cpu().numpy()
-        if out.top_ids is not None and out.top_logprobs is not None:
-            top_ids, top_logprobs = score_top_k(model, batch, top_k, bf16=bf16)
+        if out.top_ids is None or out.top_logprobs is None:
+            out.logprobs[targets] = score(model, batch, bf16=bf16).logprobs_N.cpu().numpy()
+        else:
+            logprobs, top_ids, top_logprobs = score_top_k(model, batch, top_k, bf16=bf16)
+            out.logprobs[targets] = logprobs.cpu().numpy()
             out.top_ids[targets], out.top_logprobs[targets] = top_ids.cpu().numpy(), top_logprobs.cpu().numpy()
         if report is not None:
             report(done, len(bins))

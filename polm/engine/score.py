@@ -61,19 +61,26 @@ def score(
 
 
 @torch.no_grad()
-def score_top_k(model: PreTrainedModel, batch: TokenBatch, top_k: int, *, bf16: bool = False) -> tuple[Tensor, Tensor]:
-    """The `top_k` likeliest next tokens at each target: (ids [N, K] int64, log-probabilities [N, K] float32)."""
+def score_top_k(
+    model: PreTrainedModel, batch: TokenBatch, top_k: int, *, bf16: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass for the target and the `top_k` likeliest next tokens at each place.
+
+    Returns (log-probabilities of the targets [N], ids [N, K] int64, log-probabilities [N, K]), float32.
+    """
     with autocast(batch.tokens_T.device.type, bf16):
         hidden_TD = compute_hidden(model, batch, round_up=bf16)
     hidden_ND = hidden_TD.index_select(0, batch.target_predictors_N)
     weight, cap = output_head(model)
-    ids, values = [], []
+    logprobs, ids, values = [], [], []
     for part in _chunks(len(hidden_ND), weight.shape[0]):
         logits = _chunk_logits(hidden_ND[part], weight.to(hidden_ND.dtype), 1.0, cap)
-        top = torch.log_softmax(logits, dim=-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+        logp = torch.log_softmax(logits, dim=-1)
+        top = logp.topk(min(top_k, logits.shape[-1]), dim=-1)
+        logprobs.append(logp.gather(1, batch.target_tokens_N[part, None])[:, 0])
         ids.append(top.indices)
         values.append(top.values)
-    return torch.cat(ids), torch.cat(values)
+    return torch.cat(logprobs), torch.cat(ids), torch.cat(values)
 
 
 def _chunks(num_rows: int, vocab: int) -> list[slice]:

@@ -123,7 +123,7 @@ def annotate_settings(midtrain: MidtrainSettings) -> AnnotateSettings:
     """Annotate exactly the documents, cut in the same way, that mid-training will read."""
     return AnnotateSettings(
         data="midtrain",
-        top_k=midtrain.top_k if midtrain.weighting == "distill" else 0,
+        top_k=midtrain.reference_top_k,
         bin_tokens=midtrain.bin_tokens,
         max_tokens=midtrain.bin_tokens,
         too_long=midtrain.too_long,

@@ -90,6 +90,23 @@ def compute_rho1_selection(
     return selected_N
 
 
+def compute_plausible_weights(logprobs_N: Tensor, best_N: Tensor, *, gamma: float, floor: float) -> Tensor:
+    """How plausible the reference finds a token beside its own best guess, [N] float32 in [0, 1].
+
+    ratio = p_reference(token) / max over tokens of p_reference;  w = ratio^gamma, and 0 where ratio < floor
+
+    logprobs_N   the reference's log-probability of each target
+    best_N       the reference's largest log-probability at that place
+
+    Where the reference is unsure every likely token has a ratio near 1, so nothing is damped there; where it is sure
+    of another token the target counts as noise. The threshold alone (gamma 0) is the plausibility constraint of
+    contrastive decoding (Li et al. 2022, arXiv 2210.15097, section 3.3) put to another use.
+    """
+    ratio_N = (logprobs_N.detach().float() - best_N.detach().float()).clamp(max=0.0)
+    kept_N = ratio_N >= (math.log(floor) if floor > 0 else -math.inf)
+    return (gamma * ratio_N).exp() * kept_N
+
+
 def compute_num_kept(count: int, keep: float) -> int:
     """ceil(keep * count), not thrown off by the last bit of the product (0.07 * 100 is 7, not 8)."""
     return min(count, math.ceil(keep * count - 1e-9))

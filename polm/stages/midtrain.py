@@ -7,6 +7,7 @@ from polm.data.readers import read_documents
 from polm.errors import UserError
 from polm.objectives.distill import build_distill
 from polm.objectives.ntp import build_ntp
+from polm.objectives.plausible import build_plausible
 from polm.objectives.remit import build_remit
 from polm.objectives.rho1 import build_rho1
 from polm.recipe import MidtrainSettings
@@ -34,14 +35,19 @@ def build_objective(settings: MidtrainSettings) -> Objective:
         return build_rho1(keep=settings.keep, base=settings.base, scope=settings.scope)
     if settings.weighting == "distill":
         return build_distill(alpha=settings.alpha, top_k=settings.top_k)
-    if settings.weighting in ("remit", "shuffled"):
+    shuffled = settings.weighting == "shuffled"
+    if settings.weighting == "plausible" or (shuffled and settings.shuffles == "plausible"):
+        return build_plausible(
+            gamma=settings.gamma, floor=settings.floor, denominator=settings.denominator, shuffled=shuffled
+        )
+    if settings.weighting == "remit" or shuffled:
         return build_remit(
             eps=settings.eps,
             temperature=settings.temperature,
             centring=settings.centring,
             base=settings.base,
             denominator=settings.denominator,
-            shuffled=settings.weighting == "shuffled",
+            shuffled=shuffled,
         )
     return build_ntp()
 
@@ -56,8 +62,8 @@ def run(settings: MidtrainSettings, context: Context) -> StageResult:
         )
     if settings.weighting == "ntp" and "reference" in context.inputs:
         raise UserError(
-            "a reference is given, and weighting ntp reads none: set weighting=remit (or rho1, distill, shuffled), "
-            "or leave reference out"
+            "a reference is given, and weighting ntp reads none: set weighting=remit (or rho1, distill, plausible, "
+            "shuffled), or leave reference out"
         )
     base = load_base(context.inputs["base"])
     ledger = new_ledger()
@@ -77,12 +83,18 @@ def _with_scores(settings: MidtrainSettings, context: Context, base: Base, trees
     """Attach what the weighting reads: the reference's scores, and the frozen base's where it is the yardstick."""
     if settings.weighting == "ntp":
         return trees
-    top_k = settings.top_k if settings.weighting == "distill" else 0
     reference = reference_scores(
-        context, "reference", base, trees, top_k=top_k, bin_tokens=settings.bin_tokens, precision=settings.precision
+        context,
+        "reference",
+        base,
+        trees,
+        top_k=settings.reference_top_k,
+        bin_tokens=settings.bin_tokens,
+        precision=settings.precision,
     )
     trees = attach_annotation(trees, "ref", reference)
-    if settings.base == "frozen" and settings.weighting != "distill":
+    reads_base = settings.weighting not in ("distill", "plausible") and settings.reference_top_k == 0
+    if settings.base == "frozen" and reads_base:
         # Before `fit` restores a checkpoint: the frozen base is the model as it was given.
         frozen = cached_annotation(
             context.workdir / "scores-base", base, trees, context, 0, settings.bin_tokens, settings.precision
@@ -99,5 +111,5 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference",),
-    summary="anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, shuffled)",
+    summary="anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
 )

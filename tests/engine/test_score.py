@@ -143,16 +143,18 @@ def test_top_k_is_that_of_the_full_softmax(
     monkeypatch.setattr(engine, "MAX_LOGITS", 3 * 40)
     model = build_tiny()
     batch, paths = build_batch(1)
-    ids_NK, values_NK = score_top_k(model, batch, 5)
+    logprobs_N, ids_NK, values_NK = score_top_k(model, batch, 5)
     rows = []
     for ids, weights in paths:
         with torch.no_grad():
             logits = plain_copy(model)(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0]
         rows.append(torch.log_softmax(logits.float(), -1)[torch.tensor(np.flatnonzero(weights)) - 1])
     full_NV = torch.cat(rows)
+    targets_N1 = batch.target_tokens_N[:, None]
+    torch.testing.assert_close(logprobs_N, full_NV.gather(1, targets_N1)[:, 0], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(values_NK, full_NV.topk(5).values, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(full_NV.gather(1, ids_NK), values_NK, rtol=1e-4, atol=2e-5)
-    assert score_top_k(model, batch, 1000)[0].shape == (batch.num_targets, 40)  # never more than there are
+    assert score_top_k(model, batch, 1000)[1].shape == (batch.num_targets, 40)  # never more than there are
 
 
 def test_no_full_logits_are_made(build_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:

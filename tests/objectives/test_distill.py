@@ -94,7 +94,7 @@ def test_over_the_whole_vocabulary_it_is_the_divergence_of_two_models() -> None:
     model, reference = build_model(0), build_model(1)
     document = np.random.default_rng(0).integers(0, 23, 12)
     plain = collate([build_document(document)])
-    ids_NK, topk_NK = score_top_k(reference, plain, 23)
+    _, ids_NK, topk_NK = score_top_k(reference, plain, 23)
     with torch.no_grad():
         log_p, log_q = (
             torch.log_softmax(m(torch.from_numpy(document)[None], use_cache=False).logits[0, :-1], -1)

@@ -41,7 +41,7 @@ def test_scores_are_those_of_the_model(artifact: Any, trees: Trees, read_manifes
         batch = collate([tree])
         with torch.no_grad():
             alone = score(model, batch).logprobs_N.numpy()
-            top_ids, top_logprobs = score_top_k(model, batch, 4)
+            _, top_ids, top_logprobs = score_top_k(model, batch, 4)
         part = slice(offset + 1, offset + len(tree[0]))
         np.testing.assert_allclose(arrays["logprobs"][part], alone, rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(arrays["top_logprobs"][part], top_logprobs.numpy(), rtol=1e-4, atol=2e-5)

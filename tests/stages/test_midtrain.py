@@ -14,13 +14,14 @@ from polm.models.loading import load_model
 from polm.recipe import MidtrainSettings
 from polm.stages.midtrain import build_objective
 
-WEIGHTINGS = ("midtrain", "remit", "shuffled", "rho1", "distill")
+WEIGHTINGS = ("midtrain", "remit", "shuffled", "rho1", "distill", "plausible")
 METRICS = {
     "midtrain": {"ntp/nll"},
     "remit": {"remit/clip_fraction", "remit/weight_histogram", "remit/mean_abs_delta", "remit/mean_weight"},
     "shuffled": {"remit/clip_fraction", "remit/weight_histogram", "remit/mean_abs_delta", "remit/mean_weight"},
     "rho1": {"rho1/kept_fraction", "rho1/kept_excess", "rho1/mean_excess"},
     "distill": {"distill/kl", "distill/covered"},
+    "plausible": {"plausible/mean_weight", "plausible/dropped"},
 }
 
 
@@ -78,7 +79,7 @@ def test_without_eps_it_is_plain_prediction_to_the_bit(artifact: Any, tmp_path: 
     assert hash_files(artifact("remit") / "model") != hash_files(artifact("midtrain") / "model")
 
 
-@pytest.mark.parametrize("weighting", ["remit", "rho1", "distill", "shuffled"])
+@pytest.mark.parametrize("weighting", ["remit", "rho1", "distill", "plausible", "shuffled"])
 def test_a_missing_reference_is_said(artifact: Any, tmp_path: Path, weighting: Any) -> None:
     with pytest.raises(UserError, match=rf"weighting {weighting} compares with a reference.*reference=MODEL"):
         artifact.run("midtrain", MidtrainSettings(weighting=weighting), artifact.inputs("midtrain"), tmp_path / "out")
@@ -92,6 +93,9 @@ def test_objectives_of_the_weightings() -> None:
     assert reads["ntp"] == ("weights",)
     assert set(reads["remit"]) == {"weights", "ref_logprobs"}
     assert set(reads["shuffled"]) == set(reads["rho1"]) == {"weights", "ref_logprobs", "base_logprobs"}
+    both = [MidtrainSettings(weighting="plausible"), MidtrainSettings(weighting="shuffled", shuffles="plausible")]
+    assert all(set(build_objective(s).reads) == {"weights", "ref_logprobs", "ref_topk"} for s in both)
+    assert [s.reference_top_k for s in both] == [1, 1]
     assert build_objective(MidtrainSettings(weighting="distill")).needs.candidates is not None
 
 
