@@ -243,6 +243,32 @@ class AnnotateSettings(Settings):
     threads: Number = 1
 
 
+class MicroscopeSettings(Settings):
+    """The weights that an arm of mid-training gives at its first update, token by token, to be looked at.
+
+    The weighting fields are those of `midtrain`. `centring: batch`, `scope: batch` and the shuffling take the whole
+    sample for the batch.
+    """
+
+    seed: Seed = 0
+    max_tokens: Count = Field(60_000, description="tokens of mid-training documents that the tables are made of")
+    num_documents: Count = Field(40, description="documents shown whole, spread evenly over their sources")
+    num_solutions: Number = Field(2, description="solutions shown of each benchmark; 0 = none")
+    max_shown: Count = Field(400, description="tokens shown of one text; its weights rest on all of them")
+    top: Count = Field(20, description="entries in each table of tokens: the most lifted, the most damped")
+    min_count: Count = Field(20, description="a token must occur so often to stand in a table")
+    weighting: Literal["remit", "rho1", "distill", "shuffled"] = "remit"
+    eps: Share = 0.2
+    temperature: Positive = 1.0
+    centring: Literal["sequence", "batch", "none"] = "sequence"
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    scope: Literal["batch", "sequence"] = "batch"
+    bin_tokens: Count = Field(1024, description="length at which a document is cut, as in midtrain")
+    too_long: Literal["error", "truncate", "drop", "split"] = "split"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Number = 1
+
+
 class EvalSettings(Settings):
     benchmarks: tuple[str, ...] = Field((), description="names; empty = all in the data set folder")
     format: Literal["plain", "chat"] = "chat"
@@ -272,6 +298,12 @@ WEIGHTING_FIELDS = frozenset(
     ("weighting", "eps", "temperature", "centring", "base", "denominator", "keep", "scope", "alpha", "top_k")
 )
 
+# What a microscope takes from the arm that it looks at.
+MICROSCOPE_FIELDS = (
+    *("weighting", "eps", "temperature", "centring", "keep", "scope"),
+    *("bin_tokens", "too_long", "precision", "threads"),
+)
+
 
 class Arm(Settings):
     """One way of mid-training, run through every cycle. `changes` go over the recipe's midtrain section."""
@@ -296,6 +328,9 @@ class Recipe(Settings):
     pairs: PairsSettings | None = PairsSettings()
     dpo: DPOSettings | None = DPOSettings()
     grpo: GRPOSettings = GRPOSettings()
+    microscope: MicroscopeSettings | None = Field(
+        MicroscopeSettings(), description="token weights for the report; null = none"
+    )
     eval: EvalSettings = EvalSettings()
     workers: Number = Field(0, description="stages run at once; 0 = one a core", json_schema_extra=NOT_SEMANTIC)
 
@@ -307,6 +342,11 @@ class Recipe(Settings):
             raise ValueError("midtrain.weighting must be ntp here: it is the control; weightings go into arms")
         if self.eval.format != "chat":
             raise ValueError("eval.format is set by the flywheel (plain for the base, chat afterwards); leave it out")
+        if self.microscope is not None:
+            given = self.microscope.model_dump(include=set(MICROSCOPE_FIELDS))
+            mine = [name for name, value in given.items() if value != MicroscopeSettings.model_fields[name].default]
+            if mine:
+                raise ValueError(f"microscope.{mine[0]} is set by the flywheel from each arm; leave it out")
         if self.dpo is None and any(arm.guide == "dpo" for arm in self.arms.values()):
             raise ValueError("an arm has guide: dpo, and dpo is null")
         return self

@@ -164,8 +164,10 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill"):
+    for name in ("eval", "remit", "shuffled", "rho1", "distill", "microscope"):
         workshop(name)
+    selection = workshop.spec("microscope")[1].model_copy(update={"weighting": "rho1"})
+    workshop.run("microscope", selection, workshop.inputs("microscope"), tmp_path / "selection")
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)
     more = {"updates": 4, "bin_tokens": 192, "schedule": schedule, "optimizer": muon, "checkpoint_every": 1}

@@ -223,6 +223,7 @@ STAGE_HELP = {
     "tokenizer": "train a tokenizer",
     "pretrain": "next-token prediction from random weights",
     "annotate": "log-probabilities of a frozen model over a data set",
+    "microscope": "which tokens a reference lifts and damps",
     "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, shuffled)",
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs from a model's own samples",

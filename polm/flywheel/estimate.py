@@ -11,6 +11,7 @@ from polm.recipe import (
     DPOSettings,
     EvalSettings,
     GRPOSettings,
+    MicroscopeSettings,
     ModelShape,
     PackedSettings,
     PairsSettings,
@@ -71,6 +72,8 @@ def estimate_node(node: Node, recipe: Recipe) -> Estimate:
     if isinstance(settings, PairsSettings):
         return Estimate(samples=settings.num_prompts * settings.samples, memory_bytes=_held(parameters))
     if isinstance(settings, AnnotateSettings):
+        return Estimate(memory_bytes=_held(parameters))
+    if isinstance(settings, MicroscopeSettings):  # one model after the other
         return Estimate(memory_bytes=_held(parameters))
     return Estimate()
 

@@ -41,6 +41,8 @@ from polm.text.chat import render_prompt, stop_token_ids
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
 
+EDGE_GROUPS = 4  # groups of the first and of the last rollout that samples.jsonl keeps
+
 
 @dataclass
 class RolloutSource:
@@ -134,15 +136,17 @@ class RolloutSource:
         verdicts: Sequence[Verdict],
         advantages: Array,
     ) -> None:
-        """One whole group a rollout, for people to read."""
-        group = [i for i, c in enumerate(completions) if c.prompt_index == 0]
-        prompt = self.prompts[chosen[0]]
-        answers = [
-            {"text": completions[i].text, "status": verdicts[i].status, "advantage": round(float(advantages[i]), 4)}
-            for i in group
-        ]
-        row = {"update": update + 1, "prompt": prompt.prompt, "answer": prompt.answer, "samples": answers}
-        self.samples_log.write(row)
+        """Whole groups, for people to read: some of the first and of the last rollout, one of each between them."""
+        is_edge = update == 0 or update + self.settings.updates_per_rollout >= self.num_updates
+        for number in range(min(EDGE_GROUPS if is_edge else 1, len(chosen))):
+            prompt = self.prompts[chosen[number]]
+            answers = [
+                {"text": c.text, "status": verdicts[i].status, "advantage": round(float(advantages[i]), 4)}
+                for i, c in enumerate(completions)
+                if c.prompt_index == number
+            ]
+            row = {"update": update + 1, "prompt": prompt.prompt, "answer": prompt.answer, "samples": answers}
+            self.samples_log.write(row)
 
 
 def compute_advantages(

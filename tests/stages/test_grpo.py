@@ -43,7 +43,7 @@ def test_a_turn(artifact: Any, check_trained: Any, read_rows: Any) -> None:
 
 def test_samples_are_kept_for_people(artifact: Any, read_rows: Any) -> None:
     rows = read_rows(artifact("grpo") / "samples.jsonl")
-    assert [row["update"] for row in rows] == [1, 3]
+    assert [row["update"] for row in rows] == [1] * 4 + [3] * 4  # the first and the last rollout
     prompts = {p.prompt: p for p in read_prompts(artifact("data") / "prompts.jsonl")}
     for row in rows:
         assert prompts[row["prompt"]].answer == row["answer"]
