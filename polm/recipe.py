@@ -205,6 +205,11 @@ class GRPOSettings(TrainSettings):
     clip_low: Share = 0.2
     clip_high: Positive = 0.2
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    kl_groups: Number = Field(
+        4,
+        description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",
+        json_schema_extra=NOT_SEMANTIC,
+    )
     normalize: Literal["tokens", "sequences", "constant"] = "tokens"
     advantage_scale: Literal["std", "none"] = "std"
     time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")

@@ -21,6 +21,7 @@ class Crossing:
     final          arm minus control at the end (smoothed)
     reached        the first update at which the arm is at or below the control's final value; None: never
     control_final  that final value
+    control_reached  the first update at which the control itself is there (before its end where batches differ)
     first, last    first and last smoothed update
     window         logged points in one smoothed point
     """
@@ -31,6 +32,7 @@ class Crossing:
     final: float
     reached: float | None
     control_final: float
+    control_reached: float
     first: float
     last: float
     window: int
@@ -63,9 +65,17 @@ def compute_crossing(
     start = len(differences) - 1
     while start > 0 and _sign(differences[start - 1]) == side:
         start -= 1
-    reached = next((update for update, value in zip(x, mine, strict=True) if value <= theirs[-1]), None)
+    reached = _find_reached(x, mine, theirs[-1])
+    control_reached = _find_reached(x, theirs, theirs[-1])
+    assert control_reached is not None  # at its end at the latest
     update = x[start] if start > 0 and side else None
-    return Crossing(label, update, mine[start], differences[-1], reached, theirs[-1], x[0], x[-1], window)
+    return Crossing(
+        label, update, mine[start], differences[-1], reached, theirs[-1], control_reached, x[0], x[-1], window
+    )
+
+
+def _find_reached(updates: Sequence[float], values: Sequence[float], goal: float) -> float | None:
+    return next((update for update, value in zip(updates, values, strict=True) if value <= goal), None)
 
 
 def _sign(value: float) -> int:
@@ -93,6 +103,7 @@ def describe_crossing(crossing: Crossing) -> str:
         second = f"It never reaches {goal}."
     else:
         second = (
-            f"It is first at or below {goal} at update {crossing.reached:g}; {CONTROL_NAME} ends at {crossing.last:g}."
+            f"It is first at or below {goal} at update {crossing.reached:g}, {CONTROL_NAME} itself at update "
+            f"{crossing.control_reached:g}."
         )
     return f"{first} {second}"

@@ -28,6 +28,7 @@ MAX_TOKENS = 12_000  # tokens of each
 MAX_TOKEN_LENGTH = 60  # characters of one token
 WEIGHT_RANGE = (0.0, 2.0)
 LEVELS = (0.1, 1 / 3, 2 / 3)  # shades: from which share of the largest possible effect on
+JOINER = "\uffed"  # in a `word` tokenizer's vocabulary: this piece touches its neighbour
 MINUS = "\u2212"
 
 
@@ -128,8 +129,13 @@ def _mean_cells(one: TokenMean) -> list[Cell]:
     return [number_cell(one.count), weight, Cell(format_signed(one.delta), "num")]
 
 
+def spell_entry(token: str) -> str:
+    """An entry of the vocabulary with its spaces and its joiners (which few fonts have) made visible."""
+    return token.replace(" ", "␣").replace(JOINER, "▪")
+
+
 def _build_token_table(rows: Sequence[TokenMean], caption: str) -> str:
-    body = [[Cell(f"<code>{show_token(one.token.replace(' ', '␣'))}</code>"), *_mean_cells(one)] for one in rows]
+    body = [[Cell(f"<code>{show_token(spell_entry(one.token))}</code>"), *_mean_cells(one)] for one in rows]
     return build_table(["token", ">count", ">mean w", ">mean delta"], body, caption=caption)
 
 
@@ -146,7 +152,8 @@ def _build_tables(run: Run, node: Node, tables: TokenTables) -> str:
     by_source = build_table(["source", ">tokens", ">mean w", ">mean delta"], rows)
     note = build_paragraph(
         f"Over {tables.num_tokens} tokens of {tables.num_documents} mid-training documents drawn by the seed; a token "
-        f"stands in a table if it occurs at least {tables.min_count} times.",
+        f"stands in a table if it occurs at least {tables.min_count} times. ␣ is a space, ▪ marks a piece that touches "
+        "its neighbour without one.",
         "quiet",
     )
     parts = [note, pair, build_details(f"By source of the documents ({len(rows)})", by_source)]

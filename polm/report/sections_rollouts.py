@@ -30,9 +30,10 @@ def choose_node(run: Run) -> Node | None:
 def _build_sample(text: str, status: str, advantage: float) -> str:
     reward = 1 if status == "right" else 0
     verdict = "right" if status == "right" else "wrong"
+    gain = f"{advantage:+.2f}".replace("-", "\u2212") if advantage else "0"
     return (
         f'<div class="answer"><p class="verdict {verdict}">{SIGNS.get(status, "?")} {esc(status)}, reward {reward}, '
-        f"advantage {esc(f'{advantage:+.2f}'.replace('-', chr(0x2212)))}</p>{build_text(text, MAX_ROLLOUT_TEXT)}</div>"
+        f"advantage {gain}</p>{build_text(text, MAX_ROLLOUT_TEXT)}</div>"
     )
 
 
@@ -52,7 +53,7 @@ def _build_group(group: RolloutGroup) -> str:
 def _build_update(groups: Sequence[RolloutGroup], update: int, words: str, *, is_open: bool) -> str:
     mine = [group for group in groups if group.update == update]
     shown = mine[:MAX_GROUPS]
-    summary = f"{words} rollout, update {update}: {len(shown)} prompts"
+    summary = f"{words} rollout, update {update}: {len(shown)} prompt{'' if len(shown) == 1 else 's'}"
     return build_details(summary, "".join(map(_build_group, shown)), is_open=is_open)
 
 

@@ -28,7 +28,7 @@ STAGE_TITLES = {
 }
 
 # What a stage is about comes first.
-FIRST = (PLAIN_NLL, "rl/reward", "rl/length", "rl/entropy", "rl/kl")
+FIRST = (PLAIN_NLL, "rl/reward", "rl/length", "rl/entropy", "rl/kl", "rl/kl_start")
 # More bands than this hide the lines.
 MAX_BANDS = 4
 # Weights are 2 * sigmoid(...), so their histogram spans 0 to 2.

@@ -23,7 +23,7 @@ def test_a_crossing_by_hand() -> None:
     assert (found.update, found.value, found.final, found.reached, found.window) == (3.0, 2.5, -0.5, 4.0, 1)
     words = describe_crossing(found)
     assert "arm passes ntp for the last time at update 3 of 5 and stays below it (0.5000 nats" in words
-    assert "first at or below ntp's final value of 1.0000 at update 4" in words
+    assert "first at or below ntp's final value of 1.0000 at update 4, ntp itself at update 5" in words
 
 
 def test_the_last_crossing_counts() -> None:

@@ -318,7 +318,6 @@ def test_text_can_be_read_in_both_themes(browser: Browser, page: Path, theme: st
         "pre",
         "a",
         ".quiet",
-        ".callout",
         ".verdict",
         "figcaption",
         ".readout",
