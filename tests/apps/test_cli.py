@@ -136,6 +136,11 @@ def test_data_and_annotate_from_a_recipe(polm: Cli, artifact: Any, tmp_path: Pat
     assert done.code == 0, done.err
     config = read_manifest(tmp_path / "scores")["config"]
     assert (config["max_tokens"], config["too_long"], config["top_k"], config["data"]) == (192, "drop", 2, "midtrain")
+    words = (f"base={artifact('pretrain')}", f"reference={artifact('grpo')}", "data=d", "eps=0.5", "out=scope")
+    done = polm("microscope", "--recipe", "r.yaml", *words)
+    assert done.code == 0, done.err
+    config = read_manifest(tmp_path / "scope")["config"]
+    assert (config["bin_tokens"], config["too_long"], config["weighting"], config["eps"]) == (192, "drop", "remit", 0.5)
     # A recipe that leaves a stage out gives its defaults.
     done = polm("pairs", "--recipe", "r.yaml", "out=p")
     assert "polm pairs needs base, data" in done.err
