@@ -351,6 +351,11 @@ def test_without_a_script_it_is_all_there(browser: Browser, page: Path) -> None:
 
 def test_it_prints(browser: Browser, page: Path) -> None:
     browser.open(page)
+    browser.run("document.documentElement.dataset.theme = 'dark'")
+    assert browser.run("getComputedStyle(document.body).colorScheme") == "dark"
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.run("getComputedStyle(document.body).colorScheme") == "light"  # no sheets of black ink
+    browser.call("Emulation.setEmulatedMedia", media="")
     done = browser.call("Page.printToPDF", printBackground=False, transferMode="ReturnAsStream")
     part = browser.call("IO.read", handle=done["stream"], size=8)
     assert part["data"].startswith("JVBER" if part.get("base64Encoded") else "%PDF-")
