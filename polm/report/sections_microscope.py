@@ -218,8 +218,8 @@ def section_microscope(run: Run) -> str:
         build_paragraph(
             "How to read: every token of a text is shaded by the weight w that mid-training gives it at its first "
             "update. Underlined on blue: the reference (the RL-tuned model, p_RL) finds it likelier than the model "
-            "before annealing (p_θ) does, by more than elsewhere in the text, so it is lifted. Dotted on orange: damped. "
-            "delta = log p_RL − log p_θ, in nats. Point at a token for its numbers.",
+            "before annealing (p_θ) does, by more than elsewhere in the text, so it is lifted. Dotted on orange: "
+            "damped. delta = log p_RL − log p_θ, in nats. Point at a token for its numbers.",
             "quiet",
         ),
         legend,
