@@ -164,6 +164,11 @@ class PretrainSettings(PackedSettings):
     too_long: Literal["error", "truncate", "drop", "split"] = "split"
 
 
+def is_plausible(weighting: str, shuffles: str) -> bool:
+    """Whether the weights are those of `plausible`, on their own tokens or shuffled."""
+    return weighting == "plausible" or (weighting == "shuffled" and shuffles == "plausible")
+
+
 class MidtrainSettings(PackedSettings):
     """Annealing; docs/flywheel.md explains each knob."""
 
@@ -187,9 +192,7 @@ class MidtrainSettings(PackedSettings):
     @property
     def reference_top_k(self) -> int:
         """How many of the reference's likeliest tokens the weighting reads."""
-        if self.weighting == "distill":
-            return self.top_k
-        return 1 if "plausible" in (self.weighting, self.shuffles if self.weighting == "shuffled" else "") else 0
+        return self.top_k if self.weighting == "distill" else int(is_plausible(self.weighting, self.shuffles))
 
 
 class SFTSettings(PackedSettings):
@@ -215,6 +218,11 @@ class GRPOSettings(TrainSettings):
     clip_low: Share = 0.2
     clip_high: Positive = 0.2
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    kl_groups: Number = Field(
+        4,
+        description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",
+        json_schema_extra=NOT_SEMANTIC,
+    )
     normalize: Literal["tokens", "sequences", "constant"] = "tokens"
     advantage_scale: Literal["std", "none"] = "std"
     time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")
@@ -253,6 +261,35 @@ class AnnotateSettings(Settings):
     threads: Number = 1
 
 
+class MicroscopeSettings(Settings):
+    """The weights that an arm of mid-training gives at its first update, token by token, to be looked at.
+
+    The weighting fields are those of `midtrain`. `centring: batch`, `scope: batch` and the shuffling take the whole
+    sample for the batch.
+    """
+
+    seed: Seed = 0
+    max_tokens: Count = Field(60_000, description="tokens of mid-training documents that the tables are made of")
+    num_documents: Count = Field(40, description="documents shown whole, spread evenly over their sources")
+    num_solutions: Number = Field(2, description="solutions shown of each benchmark; 0 = none")
+    max_shown: Count = Field(400, description="tokens shown of one text; its weights rest on all of them")
+    top: Count = Field(20, description="entries in each table of tokens: the most lifted, the most damped")
+    min_count: Count = Field(20, description="a token must occur so often to stand in a table")
+    weighting: Literal["remit", "rho1", "distill", "plausible", "shuffled"] = "remit"
+    eps: Share = 0.2
+    temperature: Positive = 1.0
+    centring: Literal["sequence", "batch", "none"] = "sequence"
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    scope: Literal["batch", "sequence"] = "batch"
+    gamma: NotNegative = 1.0
+    floor: BelowOne = 0.0
+    shuffles: Literal["remit", "plausible"] = "remit"
+    bin_tokens: Count = Field(1024, description="length at which a document is cut, as in midtrain")
+    too_long: Literal["error", "truncate", "drop", "split"] = "split"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Number = 1
+
+
 class EvalSettings(Settings):
     benchmarks: tuple[str, ...] = Field((), description="names; empty = all in the data set folder")
     format: Literal["plain", "chat"] = "chat"
@@ -284,21 +321,16 @@ class EvalSettings(Settings):
 
 # What arms may differ in: everything else (data order, seed, optimizer) is shared, or they could not be compared.
 WEIGHTING_FIELDS = frozenset(
-    [
-        "weighting",
-        "eps",
-        "temperature",
-        "centring",
-        "base",
-        "denominator",
-        "keep",
-        "scope",
-        "alpha",
-        "top_k",
-        "gamma",
-        "floor",
-        "shuffles",
-    ]
+    (
+        *("weighting", "eps", "temperature", "centring", "base", "denominator", "keep", "scope", "alpha", "top_k"),
+        *("gamma", "floor", "shuffles"),
+    )
+)
+
+# What a microscope takes from the arm that it looks at.
+MICROSCOPE_FIELDS = (
+    *("weighting", "eps", "temperature", "centring", "keep", "scope", "gamma", "floor", "shuffles"),
+    *("bin_tokens", "too_long", "precision", "threads"),
 )
 
 
@@ -325,6 +357,9 @@ class Recipe(Settings):
     pairs: PairsSettings | None = PairsSettings()
     dpo: DPOSettings | None = DPOSettings()
     grpo: GRPOSettings = GRPOSettings()
+    microscope: MicroscopeSettings | None = Field(
+        MicroscopeSettings(), description="token weights for the report; null = none"
+    )
     eval: EvalSettings = EvalSettings()
     workers: Number = Field(0, description="stages run at once; 0 = one a core", json_schema_extra=NOT_SEMANTIC)
 
@@ -336,6 +371,11 @@ class Recipe(Settings):
             raise ValueError("midtrain.weighting must be ntp here: it is the control; weightings go into arms")
         if self.eval.format != "chat":
             raise ValueError("eval.format is set by the flywheel (plain for the base, chat afterwards); leave it out")
+        if self.microscope is not None:
+            given = self.microscope.model_dump(include=set(MICROSCOPE_FIELDS))
+            mine = [name for name, value in given.items() if value != MicroscopeSettings.model_fields[name].default]
+            if mine:
+                raise ValueError(f"microscope.{mine[0]} is set by the flywheel from each arm; leave it out")
         if self.dpo is None and any(arm.guide == "dpo" for arm in self.arms.values()):
             raise ValueError("an arm has guide: dpo, and dpo is null")
         return self

@@ -32,6 +32,7 @@ from polm.recipe import (
     DPOSettings,
     EvalSettings,
     GRPOSettings,
+    MicroscopeSettings,
     MidtrainSettings,
     ModelShape,
     OptimizerSettings,
@@ -92,6 +93,11 @@ ARTIFACTS: dict[str, Spec] = {
     "rho1": ("midtrain", MidtrainSettings(**MIDTRAIN, weighting="rho1", base="frozen"), REMIT_INPUTS),
     "distill": ("midtrain", MidtrainSettings(**MIDTRAIN, weighting="distill", top_k=4), REMIT_INPUTS),
     "plausible": ("midtrain", MidtrainSettings(**MIDTRAIN, weighting="plausible", floor=0.01), REMIT_INPUTS),
+    "microscope": (
+        "microscope",
+        MicroscopeSettings(weighting="shuffled", bin_tokens=192, precision="fp32", max_tokens=400),
+        {"base": "pretrain", "reference": "grpo", "data": "data"},
+    ),
     "eval": (
         "eval",
         EvalSettings(samples=2, pass_k=(1, 2), max_new_tokens=8, precision="fp32"),

@@ -278,7 +278,11 @@ def test_cadences_are_not_semantic() -> None:
 def test_everything_else_is(kind: type[Settings]) -> None:
     """Threads and precision too: the bits depend on them."""
     values = semantic_values(kind())
-    assert set(kind.model_fields) - set(values) <= {"checkpoint_every", "log_every"}
+    assert set(kind.model_fields) - set(values) <= {
+        "checkpoint_every",
+        "log_every",
+        "kl_groups",
+    }  # what is logged, not learned
     assert {"threads", "precision", "seed"} <= set(values)
 
 
@@ -301,7 +305,7 @@ def test_shipped_recipes_resolve(name: str) -> None:
     roots = 1 if recipe.base is not None else 3
     control = 5 if recipe.dpo is None else 8  # midtrain, sft, grpo and three evaluations; pairs, dpo and a fourth
     control += 1
-    arm = control + 1  # and its annotation
+    arm = control + 2  # and its annotation and its microscope
     assert len(graph) == len(recipe.seeds) * (roots + control + arm * recipe.cycles * len(recipe.arms))
     assert len({node.id for node in graph.values()}) == len(graph)
 

@@ -164,8 +164,11 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible"):
+    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
         workshop(name)
+    for weighting in ("rho1", "plausible"):
+        settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
+        workshop.run("microscope", settings, workshop.inputs("microscope"), tmp_path / f"look-{weighting}")
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)
     more = {"updates": 4, "bin_tokens": 192, "schedule": schedule, "optimizer": muon, "checkpoint_every": 1}
@@ -181,8 +184,8 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
         {},
         tmp_path / "folder",
     )
-    settings = recipe.Recipe(name="x")
-    plan = build_plan(settings, build_graph(settings), tmp_path / "run")
+    whole = recipe.Recipe(name="x")
+    plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)
     unread = {name for name in all_fields() if name not in read}
     assert unread == set(READ_ELSEWHERE)

@@ -202,6 +202,11 @@ def load_stage_settings(kind: type[Settings], name: str, recipe: str | None, ove
         given = annotate_settings(load_settings(MidtrainSettings, section, (), section="midtrain"))
         words = [f"{field}={json.dumps(value)}" for field, value in given.model_dump(mode="json").items()]
         return load_settings(kind, None, [*words, *overrides])
+    if name == "microscope" and is_whole and isinstance(values.get("midtrain"), dict):
+        # How documents are cut stands in the recipe's midtrain; which weighting to look at is the caller's choice.
+        cut = load_settings(MidtrainSettings, file, (), section="midtrain").model_dump(mode="json")
+        words = [f"{field}={json.dumps(cut[field])}" for field in ("bin_tokens", "too_long", "precision", "threads")]
+        overrides = [*words, *overrides]
     if is_whole and not isinstance(values.get(name), dict):  # a recipe that leaves the stage at its defaults
         file = None
     return load_settings(kind, file, overrides, section=name)
@@ -223,6 +228,7 @@ STAGE_HELP = {
     "tokenizer": "train a tokenizer",
     "pretrain": "next-token prediction from random weights",
     "annotate": "log-probabilities of a frozen model over a data set",
+    "microscope": "which tokens a reference lifts and damps",
     "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs from a model's own samples",

@@ -125,6 +125,8 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         "pairs": "{} pairs",
         "vocabulary": "{} tokens",
         "mean_logprob": "mean log p {:.3f}",
+        "mean_weight": "mean weight {:.3f}",
+        "mean_delta": "mean delta {:+.3f}",
     }
     values = [form.format(summary[name]) for name, form in shown.items() if isinstance(summary.get(name), int | float)]
     return ", ".join(values)

@@ -43,16 +43,21 @@ def build_document_trees(
     for number, text in enumerate(texts):
         ids = encode_document(tokenizer, text)
         _count_read(tokenizer, ids, ledger)
-        if len(ids) > context and too_long == "split":
-            ledger["split"] += 1
-            pieces = [ids[a : a + context] for a in range(0, len(ids), context)]
-        else:
-            fitted = fit_context(ids, context, too_long, f"document {number}", ledger)
-            pieces = [fitted] if fitted is not None else []
-        # A piece of one token has nothing to predict.
-        ledger["tokens_lost"] += sum(len(p) for p in pieces if len(p) < 2)
-        trees.extend(build_document(p) for p in pieces if len(p) >= 2)
+        trees.extend(cut_document(ids, context, too_long, f"document {number}", ledger))
     return finish(trees, ledger)
+
+
+def cut_document(ids: Array, context: int, too_long: Policy, what: str, ledger: Ledger) -> list[Tree]:
+    """One document as roots of at most `context` tokens, by the policy; none when it is dropped."""
+    if len(ids) > context and too_long == "split":
+        ledger["split"] += 1
+        pieces = [ids[a : a + context] for a in range(0, len(ids), context)]
+    else:
+        fitted = fit_context(ids, context, too_long, what, ledger)
+        pieces = [fitted] if fitted is not None else []
+    # A piece of one token has nothing to predict.
+    ledger["tokens_lost"] += sum(len(p) for p in pieces if len(p) < 2)
+    return [build_document(p) for p in pieces if len(p) >= 2]
 
 
 def fit_context(ids: Array, context: int, too_long: Policy, what: str, ledger: Ledger) -> Array | None:

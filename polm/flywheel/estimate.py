@@ -11,6 +11,7 @@ from polm.recipe import (
     DPOSettings,
     EvalSettings,
     GRPOSettings,
+    MicroscopeSettings,
     ModelShape,
     PackedSettings,
     PairsSettings,
@@ -55,7 +56,8 @@ def estimate_node(node: Node, recipe: Recipe) -> Estimate:
         samples = round(rollouts * settings.prompts_per_rollout * settings.samples) if settings.updates else None
         live = _training_bytes(parameters, shape, settings.bin_tokens)
         if live is not None and parameters is not None:
-            live += SAMPLING_BYTES + (4.0 * parameters if settings.kl_beta > 0 else 0.0)  # the KL reference
+            has_second = settings.kl_groups > 0 or settings.kl_beta > 0  # the model that KL is measured to
+            live += SAMPLING_BYTES + (4.0 * parameters if has_second else 0.0)
         return Estimate(settings.updates, None, samples, live)
     if isinstance(settings, PackedSettings):
         per_update = settings.bin_tokens * settings.bins_per_update
@@ -71,6 +73,8 @@ def estimate_node(node: Node, recipe: Recipe) -> Estimate:
     if isinstance(settings, PairsSettings):
         return Estimate(samples=settings.num_prompts * settings.samples, memory_bytes=_held(parameters))
     if isinstance(settings, AnnotateSettings):
+        return Estimate(memory_bytes=_held(parameters))
+    if isinstance(settings, MicroscopeSettings):  # one model after the other
         return Estimate(memory_bytes=_held(parameters))
     return Estimate()
 

@@ -4,7 +4,7 @@ For each seed:
 
     data ─► tokenizer ─► pretrain ──┬─► cycle 0, arm ntp:   midtrain ─► sft ─► pairs ─► dpo ─► grpo
                                     │                                                        │
-                                    ├─► cycle 1, each arm:  annotate(guide) ─► midtrain ─► … grpo
+                                    ├─► cycle 1, each arm:  annotate(guide) ─► midtrain ─► … grpo   (and a microscope)
                                     │                                                        │
                                     └─► cycle 2, each arm:  annotate(its own guide) ─► …
 
@@ -20,7 +20,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polm.config import Settings, validate
-from polm.recipe import AnnotateSettings, Arm, DataStage, EvalSettings, MidtrainSettings, Recipe
+from polm.recipe import (
+    MICROSCOPE_FIELDS,
+    AnnotateSettings,
+    Arm,
+    DataStage,
+    EvalSettings,
+    MicroscopeSettings,
+    MidtrainSettings,
+    Recipe,
+)
 from polm.stages.common import Stage
 from polm.stages.table import STAGES
 
@@ -107,6 +116,9 @@ def _add_pass(
     start = {"base": root} if recipe.base is not None else {}
     if not start:
         inputs["base"] = root
+    if guide is not None and recipe.microscope is not None:
+        roles = {**inputs, "reference": guide}  # the guide itself: benchmark solutions are in no annotation
+        add("microscope", "microscope", microscope_settings(recipe.microscope, midtrain, seed), roles, **start)
     model = add("midtrain", "midtrain", seeded(midtrain, seed), inputs, **start)
     add("eval_base", "eval", _eval(recipe, "plain", seed), {"model": model, "data": data})
     model = add("sft", "sft", seeded(recipe.sft, seed), {"base": model, "data": data})
@@ -130,6 +142,12 @@ def annotate_settings(midtrain: MidtrainSettings) -> AnnotateSettings:
         precision=midtrain.precision,
         threads=midtrain.threads,
     )
+
+
+def microscope_settings(section: MicroscopeSettings, midtrain: MidtrainSettings, seed: int) -> MicroscopeSettings:
+    """The recipe's section with the weighting of an arm: the same cuts, the same weights."""
+    values = {**seeded(section, seed).model_dump(), **midtrain.model_dump(include=set(MICROSCOPE_FIELDS))}
+    return validate(MicroscopeSettings, values, "the microscope of an arm")
 
 
 def _eval(recipe: Recipe, form: str, seed: int) -> EvalSettings:

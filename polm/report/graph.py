@@ -18,6 +18,8 @@ from polm.report.tables import format_memory, format_seconds
 # The order of the pipeline. Steps with other names are put in by the order in which the run lists them.
 STEPS = ("data", "tokenizer", "pretrain", "annotate", "midtrain", "sft", "pairs", "dpo", "grpo")
 
+# Stages that look at others and feed none: they hang below what they look at, as small boxes.
+HANGING = ("eval", "microscope")
 NODE_WIDTH, NODE_HEIGHT = 108, 44
 EVAL_HEIGHT = 36
 COLUMN_GAP, ROW_GAP, LABEL_HEIGHT = 22, 8, 26
@@ -57,7 +59,7 @@ def _order_steps(nodes: list[Node]) -> list[str]:
     steps = [step for step in STEPS if any(node.leaf == step for node in nodes)]
     previous = ""
     for node in nodes:
-        if node.spec.stage == "eval":
+        if node.spec.stage in HANGING:
             continue
         if node.leaf not in steps:
             steps.insert(steps.index(previous) + 1 if previous in steps else len(steps), node.leaf)
@@ -66,7 +68,10 @@ def _order_steps(nodes: list[Node]) -> list[str]:
 
 
 def _get_measured_step(node: Node, by_id: dict[str, Node], steps: list[str]) -> str:
-    """The column under which an evaluation hangs: that of the latest step among its inputs."""
+    """The column under which an evaluation hangs: that of the latest step among its inputs. A microscope looks at the
+    weights of the next mid-training, so it hangs below their annotation."""
+    if node.spec.stage == "microscope" and "annotate" in steps:
+        return "annotate"
     leaves = [by_id[name].leaf for name in map(str, node.spec.inputs.values()) if name in by_id]
     known = [leaf for leaf in leaves if leaf in steps]
     return max(known, key=steps.index, default=steps[-1] if steps else "")
@@ -84,8 +89,8 @@ def _build_lanes(nodes: list[Node], steps: list[str]) -> list[Lane]:
     lanes = []
     for arm, members in by_arm.items():
         group, shared = shared + members, []
-        trained = tuple(node for node in group if node.spec.stage != "eval")
-        evals = tuple((_get_measured_step(node, by_id, steps), node) for node in group if node.spec.stage == "eval")
+        trained = tuple(node for node in group if node.spec.stage not in HANGING)
+        evals = tuple((_get_measured_step(node, by_id, steps), node) for node in group if node.spec.stage in HANGING)
         lanes.append(Lane(arm, trained, evals))
     return lanes
 
@@ -186,7 +191,8 @@ def _draw_edge(start: Box, end: Box, boxes: Iterable[Box], margin: float, style:
 
 def _is_drawn_edge(start: Node, end: Node) -> bool:
     """Data and tokenizer go into nearly every stage; drawn everywhere they would hide the flow of the weights."""
-    return start.leaf not in ("data", "tokenizer") or end.leaf in ("tokenizer", "pretrain")
+    is_everywhere = start.leaf in ("data", "tokenizer") and end.leaf not in ("tokenizer", "pretrain")
+    return not is_everywhere and end.spec.stage != "microscope"  # its inputs are those of the box above it
 
 
 def build_graph(run: Run, seed: int | None) -> str:

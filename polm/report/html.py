@@ -2,7 +2,7 @@
 
 The page needs nothing but itself: style and script are inline and allowed by their hashes, and its content security
 policy forbids everything else, so that no text in it could reach the network even if it got past the escaping. Without
-a script only the theme switch and the filter of the samples are missing.
+a script the theme switch, the filters and the microscope's line of numbers are missing (hovering still shows them).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from polm import __version__
 from polm.errors import StoreError
 from polm.report.escape import esc
 from polm.report.load import Run, load_run
+from polm.report.sections_microscope import section_microscope
 from polm.report.sections_provenance import section_ledger, section_lineage, section_recipe, section_versions
 from polm.report.sections_results import section_benchmarks, section_graph, section_headline
+from polm.report.sections_rollouts import section_rollouts
 from polm.report.sections_samples import section_samples
 from polm.report.sections_training import section_training
 
@@ -30,7 +32,9 @@ SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
     ("graph", "Graph of stages", section_graph),
     ("benchmarks", "Benchmarks", section_benchmarks),
     ("training", "Training curves", section_training),
+    ("microscope", "Token microscope", section_microscope),
     ("samples", "Samples", section_samples),
+    ("rollouts", "Rollouts of RL", section_rollouts),
     ("ledger", "Token ledger", section_ledger),
     ("lineage", "Lineage", section_lineage),
     ("recipe", "Recipe", section_recipe),

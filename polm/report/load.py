@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,6 +92,82 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ScopedText:
+    """One line of microscope.jsonl: a text with the numbers of each token; the first token has none."""
+
+    kind: Literal["document", "benchmark"]
+    label: str
+    id: str
+    num_tokens: int
+    num_prompt: int
+    tokens: list[str]
+    logp_ref: list[float | None]
+    logp_base: list[float | None]
+    delta: list[float | None]
+    weight: list[float | None] | None = None
+
+    def __post_init__(self) -> None:
+        lists = (self.logp_ref, self.logp_base, self.delta, self.weight)
+        if any(values is not None and len(values) != len(self.tokens) for values in lists):
+            raise ValueError("the lists of numbers must be as long as the list of tokens")
+
+
+@dataclass(frozen=True)
+class TokenMean:
+    """One entry of the vocabulary (`token`) or one source of documents (`source`) over the sample."""
+
+    count: int
+    delta: float
+    weight: float | None = None
+    token: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class TokenTables:
+    """tokens.json: what is lifted and damped over the sample; `histogram` counts weights in bins over [0, 2]."""
+
+    weighting: str
+    eps: float
+    num_documents: int
+    num_tokens: int
+    min_count: int
+    mean_delta: float
+    mean_weight: float | None
+    lifted: list[TokenMean]
+    damped: list[TokenMean]
+    sources: list[TokenMean]
+    histogram: list[int]
+
+
+@dataclass(frozen=True)
+class Microscope:
+    """The artifact of a `microscope` stage."""
+
+    texts: tuple[ScopedText, ...]
+    tables: TokenTables
+
+
+@dataclass(frozen=True)
+class RolloutSample:
+    """One sampled answer of RL with its verdict and its advantage."""
+
+    text: str
+    status: str
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """One line of a grpo stage's samples.jsonl: a prompt and all its samples at the update `update`."""
+
+    update: int
+    prompt: str
+    answer: str | float
+    samples: list[RolloutSample]
+
+
+@dataclass(frozen=True)
 class NodeSpec:
     """One node as run.json describes it; `artifact` is relative to the run folder."""
 
@@ -130,6 +206,8 @@ class Node:
     manifest: Manifest | None = None
     metrics: tuple[Metrics, ...] = ()
     evaluation: Evaluation | None = None
+    microscope: Microscope | None = None
+    rollouts: tuple[RolloutGroup, ...] = ()
 
     @property
     def id(self) -> str:
@@ -212,6 +290,9 @@ _RUN: TypeAdapter[RunSpec] = TypeAdapter(RunSpec)
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 _RESULTS: TypeAdapter[Results] = TypeAdapter(Results)
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+_SCOPED: TypeAdapter[ScopedText] = TypeAdapter(ScopedText)
+_TABLES: TypeAdapter[TokenTables] = TypeAdapter(TokenTables)
+_ROLLOUT: TypeAdapter[RolloutGroup] = TypeAdapter(RolloutGroup)
 _METRICS: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
@@ -234,20 +315,28 @@ def _load_node(run_dir: Path, spec: NodeSpec, loaded: dict[Path, Node], with_det
         return Node(spec, "pending")
     if folder in loaded:
         first = loaded[folder]
-        return Node(spec, "shared", first.manifest, first.metrics, first.evaluation)
+        return replace(first, spec=spec, status="shared")
     manifest_file, metrics_file = folder / "manifest.json", folder / "metrics.jsonl"
     finished = manifest_file.is_file()
     has_metrics = with_details and metrics_file.is_file()
     metrics = _read_jsonl(_METRICS, metrics_file, finished=finished) if has_metrics else ()
+    rollouts: tuple[RolloutGroup, ...] = ()
+    if with_details and spec.stage == "grpo" and (folder / "samples.jsonl").is_file():
+        rollouts = _read_jsonl(_ROLLOUT, folder / "samples.jsonl", finished=finished)
     if not finished:
-        return Node(spec, "pending", metrics=metrics)
+        return Node(spec, "pending", metrics=metrics, rollouts=rollouts)
     evaluation = None
     if (folder / "results.json").is_file():
         items_file = folder / "items.jsonl"
         has_items = with_details and items_file.is_file()
         items = _read_jsonl(_ITEM, items_file, finished=True) if has_items else ()
         evaluation = Evaluation(_read_json(_RESULTS, folder / "results.json"), items)
-    node = Node(spec, "done", _read_json(_MANIFEST, manifest_file), metrics, evaluation)
+    microscope = None
+    if with_details and (folder / "tokens.json").is_file():
+        texts = _read_jsonl(_SCOPED, folder / "microscope.jsonl", finished=True)
+        microscope = Microscope(texts, _read_json(_TABLES, folder / "tokens.json"))
+    manifest = _read_json(_MANIFEST, manifest_file)
+    node = Node(spec, "done", manifest, metrics, evaluation, microscope, rollouts)
     loaded[folder] = node
     return node
 

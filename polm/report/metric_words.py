@@ -58,6 +58,11 @@ WORDS = {
     ),
     "rl/entropy": ("nats per token", "How undecided the model is. A fall to zero: it always gives the same answer."),
     "rl/kl": ("nats per token", "How far the model has moved from where it started."),
+    "rl/kl_start": (
+        "nats per token",
+        "How far the model has moved from where RL started, over the first groups of each rollout. Nothing pulls it "
+        "back (kl_beta is 0).",
+    ),
     "rl/approx_kl": ("nats per token", "How far the model has moved from the one that wrote the samples."),
     "rl/ratio_mean": ("ratio", "New over old probability of the sampled tokens; near one the samples are on policy."),
     "rl/clip_low_fraction": ("share of tokens", "Wrong-answer tokens past the lower clipping bound: no gradient."),

@@ -40,6 +40,17 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A place on a line plot that the text speaks of: a ring with a letter, and a dashed line down to the axis."""
+
+    x: float
+    y: float
+    letter: str
+    label: str
+    series: int
+
+
+@dataclass(frozen=True)
 class Bar:
     """One bar from zero to `value`."""
 
@@ -178,6 +189,17 @@ def _build_marker(x: float, y: float, series: int, title: str, *, radius: float 
     return f'<polygon points="{points}" fill="{colour}">{note}</polygon>'
 
 
+def _build_mark(mark: Mark, x_scale: Scale, y_scale: Scale) -> str:
+    x, y = x_scale.place(mark.x), min(max(y_scale.place(mark.y), y_scale.end), y_scale.start)
+    side = -9 if x > (LEFT + WIDTH) / 2 else 9
+    return (
+        f"<g>{_rule(x, y, x, y_scale.start, opacity=0.6, dash='2 2')}"
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{build_colour(mark.series)}" stroke-width="2"/>'
+        f"{_text(x + side, y - 8, mark.letter, anchor='end' if side < 0 else 'start', bold=True)}"
+        f"<title>{esc(mark.label)}</title></g>"
+    )
+
+
 def build_legend(labels: Sequence[tuple[str, int, int]]) -> str:
     """Legend below a plot from (label, series, dash); it is HTML, so that long names wrap on a narrow page."""
     entries = []
@@ -294,6 +316,7 @@ def build_line_plot(
     y_label: str,
     how_to_read: str,
     x_names: Sequence[str] | None = None,
+    marks: Sequence[Mark] = (),
 ) -> str:
     """Curves over a numeric axis, or, with `x_names`, points over named places 0, 1, 2 ... with error bars.
 
@@ -314,6 +337,7 @@ def build_line_plot(
             moved = [x + shift for x in line.x]
             line = Line(line.label, moved, line.y, line.series, line.dash, line.low, line.high)
         body.append(_draw_line(line, x_scale, y_scale, with_markers=x_names is not None or len(line.x) == 1))
+    body += [_build_mark(mark, x_scale, y_scale) for mark in marks]
     legend = build_legend([(line.label, line.series, line.dash) for line in lines])
     return build_figure("".join(body), title=title, how_to_read=how_to_read, legend=legend, note=_describe_gaps(lines))
 

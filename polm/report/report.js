@@ -21,6 +21,36 @@ for (const bar of document.querySelectorAll(".filters")) {
   choose(buttons[0]);
 }
 
+// The microscope: one line shows the numbers of the token under the pointer or the focus; arrow keys walk through a text.
+for (const scope of document.querySelectorAll(".scope")) {
+  const pick = scope.querySelector(".pick"), readout = scope.querySelector(".readout");
+  pick.hidden = readout.hidden = false;
+  const select = pick.querySelector("select"), texts = [...scope.querySelectorAll(".scoped")];
+  const filter = () => {
+    for (const text of texts) text.hidden = select.value !== "" && text.dataset.label !== select.value;
+  };
+  select.addEventListener("change", filter);
+  filter(); // a browser may remember the choice
+  for (const text of texts) text.querySelector("i").tabIndex = 0;
+  const show = (event) => {
+    const token = event.target.closest(".scoped i");
+    if (token) readout.textContent = `“${token.textContent}”  ${token.title}`;
+  };
+  scope.addEventListener("mouseover", show);
+  scope.addEventListener("focusin", show);
+  scope.addEventListener("click", show);
+  scope.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], token = event.target.closest(".scoped i");
+    if (!step || !token) return;
+    const all = [...token.parentElement.querySelectorAll("i")], next = all[all.indexOf(token) + step];
+    event.preventDefault();
+    if (!next) return;
+    token.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+}
+
 // A link into a folded part opens it.
 const reveal = () => {
   const target = location.hash && document.getElementById(location.hash.slice(1));

@@ -224,9 +224,10 @@ def section_graph(run: Run) -> str:
     parts = [
         build_paragraph(
             "How to read: a lane is one arm of one cycle and runs from left to right; evaluations hang below the stage "
-            "that they measure. ✓ done, = the same artifact as in an earlier lane (computed once), … pending. Each box "
-            "gives wall time and the peak memory of its process. The dashed arrow is the flywheel: the RL-tuned model "
-            "becomes the reference of the next mid-training. Core-seconds are time times threads.",
+            "that they measure, a microscope below the annotation whose weights it shows. ✓ done, = the same artifact "
+            "as in an earlier lane (computed once), … pending. Each box gives wall time and the peak memory of its "
+            "process. The dashed arrow is the flywheel: the RL-tuned model becomes the reference of the next "
+            "mid-training. Core-seconds are time times threads.",
             "quiet",
         )
     ]

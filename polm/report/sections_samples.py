@@ -11,6 +11,7 @@ from polm.report.load import Item, Run
 from polm.report.markup import build_details, build_paragraph
 
 MAX_TEXT = 2_000
+MAX_SAMPLES, MAX_SAMPLE_TEXT = 4, 600
 OUTCOMES = {
     "fixed": "wrong before RL, right after",
     "broken": "right before RL, wrong after",
@@ -50,10 +51,11 @@ def build_transitions(run: Run, arm: Arm, seed: int) -> tuple[str, list[Transiti
     return earlier[0], pairs
 
 
-def _build_text(text: str) -> str:
-    rest = len(text) - MAX_TEXT
+def build_text(text: str, limit: int = MAX_TEXT) -> str:
+    """A model's text as it is, cut to `limit` characters (and said so)."""
+    rest = len(text) - limit
     more = f'<span class="quiet"> … {rest} more characters</span>' if rest > 0 else ""
-    return f"<pre>{esc(text[:MAX_TEXT])}{more}</pre>" if text else '<pre class="quiet">(nothing)</pre>'
+    return f"<pre>{esc(text[:limit])}{more}</pre>" if text else '<pre class="quiet">(nothing)</pre>'
 
 
 def _build_answer(item: Item, heading: str) -> str:
@@ -70,7 +72,22 @@ def _build_answer(item: Item, heading: str) -> str:
         else ""
     )
     badge = f'<span class="verdict {verdict}">{sign} {verdict}{esc(status)}</span>'
-    return f'<div class="answer"><h5>{esc(heading)} {badge}</h5>{_build_text(item.greedy_text)}{sampled}</div>'
+    texts = _build_samples(item)
+    return f'<div class="answer"><h5>{esc(heading)} {badge}</h5>{build_text(item.greedy_text)}{sampled}{texts}</div>'
+
+
+def _build_samples(item: Item) -> str:
+    """The first sampled answers, folded, each with its verdict."""
+    pairs = list(zip(item.samples_text, item.samples_correct, strict=False))[:MAX_SAMPLES]
+    if not pairs:
+        return ""
+    body = "".join(
+        f'<p class="verdict {"right" if correct else "wrong"}">{"✓ right" if correct else "✗ wrong"}</p>'
+        f"{build_text(text, MAX_SAMPLE_TEXT)}"
+        for text, correct in pairs
+    )
+    more = f" (the first {MAX_SAMPLES} of {len(item.samples_text)})" if len(item.samples_text) > MAX_SAMPLES else ""
+    return build_details(f"{len(pairs)} sampled answers{more}", body)
 
 
 def _build_item(transition: Transition, point: str, extra_html: str) -> str:
@@ -79,7 +96,7 @@ def _build_item(transition: Transition, point: str, extra_html: str) -> str:
     return (
         f'<article class="item" data-outcome="{outcome}"><header><code>{esc(item.id)}</code> '
         f'<span class="tag {outcome}">{esc(OUTCOMES[outcome])}</span></header>'
-        f"<h5>prompt</h5>{_build_text(item.prompt)}"
+        f"<h5>prompt</h5>{build_text(item.prompt)}"
         f'<p>expected answer: <code>{esc(item.answer)}</code></p><div class="answers">'
         f"{before}{_build_answer(item, 'after RL')}{extra_html}</div></article>"
     )
@@ -134,7 +151,8 @@ def section_samples(run: Run) -> str:
     parts = [
         build_paragraph(
             f"Greedy answers of {arm.label}, seed {seeds[0]}. Of each benchmark the first item in file order of each "
-            "outcome is shown: not a fair sample (the counts are in the headings), but nobody picked it by hand.",
+            "outcome is shown: not a fair sample (the counts are in the headings), but nobody picked it by hand. Texts "
+            f"are cut at {MAX_TEXT} characters, sampled answers at {MAX_SAMPLE_TEXT}.",
             "quiet",
         ),
         f'<div class="filters" hidden>{buttons}</div>',

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polm.report.annealing import Crossing, compute_crossing, describe_crossing
 from polm.report.compare import CONTROL, CONTROL_NAME, Arm, compute_arm
 from polm.report.escape import esc
 from polm.report.load import Metrics, Node, Run
 from polm.report.markup import build_details, build_grid, build_paragraph, compute_arm_styles
 from polm.report.metric_words import COUNTERS, FOLDED, PLAIN_NLL, describe_metric_words
-from polm.report.plots import Bar, Line, build_bar_plot, build_line_plot, compute_histogram_edges
+from polm.report.plots import Bar, Line, Mark, build_bar_plot, build_line_plot, compute_histogram_edges
 
 # The stages in the order of the question that a reader asks; others follow in run order.
 STAGE_ORDER = ("midtrain", "grpo", "sft", "dpo", "pretrain")
@@ -26,6 +27,8 @@ STAGE_TITLES = {
     "grpo": "RL with verifiable rewards",
 }
 
+# What a stage is about comes first.
+FIRST = (PLAIN_NLL, "rl/reward", "rl/length", "rl/entropy", "rl/kl", "rl/kl_start")
 # More bands than this hide the lines.
 MAX_BANDS = 4
 # Weights are 2 * sigmoid(...), so their histogram spans 0 to 2.
@@ -138,8 +141,65 @@ def _build_lines(run: Run, name: str, x_name: str, logs: dict[Arm, list[Sequence
     return lines, f" Lines are means over {num_seeds} seeds{', bands their full range' if with_bands else ''}."
 
 
-def _build_curve_plot(run: Run, step: str, name: str, by_arm: dict[Arm, list[Node]]) -> str:
-    x_name = "update" if step == "grpo" else "tokens"
+def build_crossings(by_arm: dict[Arm, list[Node]]) -> dict[Arm, Crossing]:
+    """Each arm of mid-training against the control, over the updates that both logged in the seeds that both have."""
+    control = {node.spec.seed: node.metrics for node in by_arm.get(CONTROL, ())}
+    found = {}
+    for arm, nodes in by_arm.items():
+        mine = {node.spec.seed: node.metrics for node in nodes if node.spec.seed in control}
+        curve = compute_curve(list(mine.values()), PLAIN_NLL, "update")
+        base = compute_curve([control[seed] for seed in mine], PLAIN_NLL, "update")
+        if arm.is_control or curve is None or base is None:
+            continue
+        values = dict(zip(base.x, base.mean, strict=True))
+        common = [(x, y, values[x]) for x, y in zip(curve.x, curve.mean, strict=True) if x in values]
+        crossing = compute_crossing(arm.label, *map(list, zip(*common, strict=True))) if common else None
+        if crossing is not None:
+            found[arm] = crossing
+    return found
+
+
+def _build_marks(run: Run, crossings: dict[Arm, Crossing]) -> list[Mark]:
+    """A, B, ... in the order of the sentences, for the arms that do pass the control."""
+    styles = compute_arm_styles(run)
+    return [
+        Mark(
+            one.update,
+            one.value,
+            letter_of(number),
+            f"{one.label} passes {CONTROL_NAME} at update {one.update:g}",
+            styles.get(arm, (5, 0))[0],
+        )
+        for number, (arm, one) in enumerate(crossings.items())
+        if one.update is not None
+    ]
+
+
+def letter_of(number: int) -> str:
+    return chr(ord("A") + number % 26)
+
+
+def _build_crossing_words(crossings: dict[Arm, Crossing]) -> str:
+    """Who passes whom, arm by arm."""
+    if not crossings:
+        return ""
+    items = "".join(
+        f"<li><b>{letter_of(number)}</b> {esc(describe_crossing(one))}</li>"
+        for number, one in enumerate(crossings.values())
+    )
+    window = max(one.window for one in crossings.values())
+    note = build_paragraph(
+        f"Curves that pass each other, by {PLAIN_NLL} averaged over {window} logged points (each point and those "
+        "before it); means over the seeds that both have. It is the likelihood of the training text, noise included: "
+        "an arm that lies above may still be the better base, which the benchmarks decide. Rings in the first plot "
+        "mark the places.",
+        "quiet",
+    )
+    return f'{note}<ul class="statements">{items}</ul>'
+
+
+def _build_curve_plot(run: Run, step: str, name: str, by_arm: dict[Arm, list[Node]], marks: Sequence[Mark] = ()) -> str:
+    x_name = "update" if step in ("grpo", "midtrain") else "tokens"
     logs: dict[Arm, list[Sequence[Metrics]]] = {arm: [node.metrics for node in nodes] for arm, nodes in by_arm.items()}
     lines, seeds = _build_lines(run, name, x_name, logs)
     if not lines:
@@ -152,6 +212,7 @@ def _build_curve_plot(run: Run, step: str, name: str, by_arm: dict[Arm, list[Nod
         x_label="update" if x_name == "update" else "tokens read in this stage",
         y_label=unit,
         how_to_read=reading + seeds + (" At least one arm is still running." if is_running else ""),
+        marks=marks,
     )
 
 
@@ -167,13 +228,13 @@ def _build_difference_plot(run: Run, step: str, by_arm: dict[Arm, list[Node]]) -
         for arm, nodes in by_arm.items()
         if not arm.is_control
     }
-    lines, seeds = _build_lines(run, PLAIN_NLL, "tokens", logs)
+    lines, seeds = _build_lines(run, PLAIN_NLL, "update", logs)
     if not lines:
         return ""
     return build_line_plot(
         lines,
         title=f"{step}: {PLAIN_NLL}, difference to {CONTROL_NAME}",
-        x_label="tokens read in this stage",
+        x_label="update",
         y_label="difference, nats per token",
         how_to_read=(
             "Arm minus control at the same update, on the same text. Below zero the arm predicts the training text "
@@ -218,7 +279,9 @@ def _build_histogram(run: Run, step: str, name: str, arm: Arm, nodes: Sequence[N
 
 def _build_step(run: Run, step: str, by_arm: dict[Arm, list[Node]]) -> str:
     names = _list_metric_names(by_arm)
-    plots = {name: _build_curve_plot(run, step, name, by_arm) for name in names}
+    crossings = build_crossings(by_arm) if step == "midtrain" else {}
+    marks = {PLAIN_NLL: _build_marks(run, crossings)}
+    plots = {name: _build_curve_plot(run, step, name, by_arm, marks.get(name, ())) for name in names}
     histograms = [
         plot
         for name in names
@@ -230,13 +293,15 @@ def _build_step(run: Run, step: str, by_arm: dict[Arm, list[Node]]) -> str:
     folded = FOLDED if step == "midtrain" else (*FOLDED, PLAIN_NLL)
     # What the stage is about comes first: the reward of RL, the likelihood of mid-training.
     first = sorted(
-        (name for name in names if name not in folded), key=lambda name: name not in ("rl/reward", PLAIN_NLL)
+        (name for name in names if name not in folded),
+        key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST),
     )
     shown = [plots[name] for name in first if plots[name]]
     if step == "midtrain" and (difference := _build_difference_plot(run, step, by_arm)):
         shown.insert(1, difference)
     more = [plots[name] for name in names if name in folded and plots[name]]
-    parts = [f"<h3>{esc(STAGE_TITLES.get(step, step))}</h3>", build_grid(shown + histograms)]
+    words = _build_crossing_words(crossings)
+    parts = [f"<h3>{esc(STAGE_TITLES.get(step, step))}</h3>", words, build_grid(shown + histograms)]
     if more:
         parts.append(build_details(f"{step}: {len(more)} more metrics", build_grid(more)))
     return "".join(parts)

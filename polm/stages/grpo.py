@@ -26,6 +26,7 @@ from polm.recipe import GRPOSettings
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
 from polm.rollout.generate import Completion, SamplingParams, generate
 from polm.signals.advantages import compute_group_advantages
+from polm.signals.kl import compute_kl_k3
 from polm.stages.common import (
     Base,
     Context,
@@ -41,6 +42,8 @@ from polm.text.chat import render_prompt, stop_token_ids
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
 
+EDGE_GROUPS = 4  # groups of the first and of the last rollout that samples.jsonl keeps
+
 
 @dataclass
 class RolloutSource:
@@ -49,6 +52,7 @@ class RolloutSource:
 
     base: Base
     reference: PreTrainedModel | None
+    start: PreTrainedModel | None  # where the distance from the starting model is only measured
     prompts: Sequence[Prompt]
     encoded: Sequence[Array]
     settings: GRPOSettings
@@ -81,6 +85,8 @@ class RolloutSource:
         self._metrics = summarise(completions, verdicts, advantages)
         self._log_samples(update, chosen, completions, verdicts, advantages)
         trees = build_rollout_trees([self.encoded[i] for i in chosen], completions, verdicts, advantages)
+        if self.start is not None:
+            self._metrics["rl/kl_start"] = self._measure_kl(trees[: self.settings.kl_groups], self.start)
         parts = np.array_split(np.arange(len(trees)), self.settings.updates_per_rollout)
         self._minibatches = [self._pack([trees[i] for i in part], model) for part in parts]
 
@@ -119,6 +125,12 @@ class RolloutSource:
         return batches
 
     @torch.no_grad()
+    def _measure_kl(self, trees: Sequence[Tree], start: PreTrainedModel) -> float:
+        """KL(policy || start) over the samples of `trees`, nats a token, from the sampler's own log-probabilities."""
+        batch = self._with_scores(collate(trees), start, "start_logprobs")
+        return float(compute_kl_k3(batch.at_targets("sampler_logprobs"), batch.at_targets("start_logprobs")).mean())
+
+    @torch.no_grad()
     def _with_scores(self, batch: TokenBatch, model: PreTrainedModel, name: str) -> TokenBatch:
         bf16 = use_bf16(self.settings.precision, model.device.type)
         scores = score(model, batch.to(model.device), temperature=self.settings.temperature, bf16=bf16)
@@ -134,15 +146,17 @@ class RolloutSource:
         verdicts: Sequence[Verdict],
         advantages: Array,
     ) -> None:
-        """One whole group a rollout, for people to read."""
-        group = [i for i, c in enumerate(completions) if c.prompt_index == 0]
-        prompt = self.prompts[chosen[0]]
-        answers = [
-            {"text": completions[i].text, "status": verdicts[i].status, "advantage": round(float(advantages[i]), 4)}
-            for i in group
-        ]
-        row = {"update": update + 1, "prompt": prompt.prompt, "answer": prompt.answer, "samples": answers}
-        self.samples_log.write(row)
+        """Whole groups, for people to read: some of the first and of the last rollout, one of each between them."""
+        is_edge = update == 0 or update + self.settings.updates_per_rollout >= self.num_updates
+        for number in range(min(EDGE_GROUPS if is_edge else 1, len(chosen))):
+            prompt = self.prompts[chosen[number]]
+            answers = [
+                {"text": c.text, "status": verdicts[i].status, "advantage": round(float(advantages[i]), 4)}
+                for i, c in enumerate(completions)
+                if c.prompt_index == number
+            ]
+            row = {"update": update + 1, "prompt": prompt.prompt, "answer": prompt.answer, "samples": answers}
+            self.samples_log.write(row)
 
 
 def compute_advantages(
@@ -223,6 +237,7 @@ def run(settings: GRPOSettings, context: Context) -> StageResult:
     source = RolloutSource(
         base=base,
         reference=load_reference(settings, context, base),
+        start=load_start(settings, context),
         prompts=prompts,
         encoded=encoded,
         settings=settings,
@@ -261,6 +276,12 @@ def load_reference(settings: GRPOSettings, context: Context, base: Base) -> PreT
     reference = load_base(context.inputs.get("reference", context.inputs["base"]))
     require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
     return reference.model.eval()
+
+
+def load_start(settings: GRPOSettings, context: Context) -> PreTrainedModel | None:
+    """The model as it was given, where the loss has no KL penalty that would log the distance from it."""
+    is_measured = settings.kl_groups > 0 and settings.kl_beta == 0
+    return load_base(context.inputs["base"]).model.eval() if is_measured else None
 
 
 def resume_point(context: Context) -> int:

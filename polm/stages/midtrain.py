@@ -10,7 +10,7 @@ from polm.objectives.ntp import build_ntp
 from polm.objectives.plausible import build_plausible
 from polm.objectives.remit import build_remit
 from polm.objectives.rho1 import build_rho1
-from polm.recipe import MidtrainSettings
+from polm.recipe import MidtrainSettings, is_plausible
 from polm.stages.common import (
     Base,
     Context,
@@ -36,7 +36,7 @@ def build_objective(settings: MidtrainSettings) -> Objective:
     if settings.weighting == "distill":
         return build_distill(alpha=settings.alpha, top_k=settings.top_k)
     shuffled = settings.weighting == "shuffled"
-    if settings.weighting == "plausible" or (shuffled and settings.shuffles == "plausible"):
+    if is_plausible(settings.weighting, settings.shuffles):
         return build_plausible(
             gamma=settings.gamma, floor=settings.floor, denominator=settings.denominator, shuffled=shuffled
         )
@@ -93,8 +93,8 @@ def _with_scores(settings: MidtrainSettings, context: Context, base: Base, trees
         precision=settings.precision,
     )
     trees = attach_annotation(trees, "ref", reference)
-    reads_base = settings.weighting not in ("distill", "plausible") and settings.reference_top_k == 0
-    if settings.base == "frozen" and reads_base:
+    # Those that read the reference's likeliest tokens compare with no base.
+    if settings.base == "frozen" and settings.reference_top_k == 0:
         # Before `fit` restores a checkpoint: the frozen base is the model as it was given.
         frozen = cached_annotation(
             context.workdir / "scores-base", base, trees, context, 0, settings.bin_tokens, settings.precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polm.stages import annotate, data, dpo, eval, grpo, midtrain, pairs, pretrain, sft, tokenizer
+from polm.stages import annotate, data, dpo, eval, grpo, microscope, midtrain, pairs, pretrain, sft, tokenizer
 from polm.stages.common import Stage
 
 STAGES: dict[str, Stage] = {
@@ -10,6 +10,7 @@ STAGES: dict[str, Stage] = {
     "tokenizer": tokenizer.STAGE,
     "pretrain": pretrain.STAGE,
     "annotate": annotate.STAGE,
+    "microscope": microscope.STAGE,
     "midtrain": midtrain.STAGE,
     "sft": sft.STAGE,
     "pairs": pairs.STAGE,

@@ -136,6 +136,11 @@ def test_data_and_annotate_from_a_recipe(polm: Cli, artifact: Any, tmp_path: Pat
     assert done.code == 0, done.err
     config = read_manifest(tmp_path / "scores")["config"]
     assert (config["max_tokens"], config["too_long"], config["top_k"], config["data"]) == (192, "drop", 2, "midtrain")
+    words = (f"base={artifact('pretrain')}", f"reference={artifact('grpo')}", "data=d", "eps=0.5", "out=scope")
+    done = polm("microscope", "--recipe", "r.yaml", *words)
+    assert done.code == 0, done.err
+    config = read_manifest(tmp_path / "scope")["config"]
+    assert (config["bin_tokens"], config["too_long"], config["weighting"], config["eps"]) == (192, "drop", "remit", 0.5)
     # A recipe that leaves a stage out gives its defaults.
     done = polm("pairs", "--recipe", "r.yaml", "out=p")
     assert "polm pairs needs base, data" in done.err
@@ -281,7 +286,7 @@ def test_a_dry_run_writes_nothing(polm: Cli, artifact: Any, tmp_path: Path) -> N
     assert "temperature: 1.0" in done.out
     for node in ("s0/pretrain", "s0/c0/ntp/grpo", "s0/c1/remit/annotate", "s0/c1/remit/eval_rl"):
         assert node in done.out
-    assert "tiny: 16 stages" in done.out
+    assert "tiny: 17 stages" in done.out
     # Pretrain 2, two passes of midtrain 2, sft 1 and grpo 6; 2 prompts x 2 samples x 6 updates, twice.
     assert f"{2 + 2 * (2 + 1 + 6)} updates" in done.out
     assert f"{192 * (2 + 2 * (2 + 1))} training tokens".replace("1536", "1,536") in done.out
@@ -302,18 +307,18 @@ def test_a_run_and_what_can_be_done_with_it(polm: Cli, artifact: Any, tmp_path: 
     assert "no runs in runs" in polm("runs", "ls").out
     done = polm("run", "tiny.yaml")
     assert (done.code, done.err) == (0, "")
-    assert "[ 16/16] s0/c1/remit/eval_rl" in done.out
+    assert "[ 17/17] s0/c1/remit/eval_rl" in done.out
     assert (tmp_path / "runs" / "tiny" / "report.html").stat().st_size > 5000
     assert "report: runs/tiny/report.html" in done.out
     mark = (tmp_path / "runs/tiny/store").stat().st_mtime_ns
 
     again = polm("run", "tiny.yaml")
-    assert "16 stages were there already" in again.out
+    assert "17 stages were there already" in again.out
     assert (tmp_path / "runs/tiny/store").stat().st_mtime_ns == mark
 
-    assert "16/16 stages" in polm("runs", "ls").out
+    assert "17/17 stages" in polm("runs", "ls").out
     shown = polm("runs", "show", "tiny").out
-    assert shown.count(" done ") == 16
+    assert shown.count(" done ") == 17
     assert "store/pretrain-" in shown
     (tmp_path / "runs/tiny/report.html").unlink()
     assert polm("report", "runs/tiny", "--out", "elsewhere.html").code == 0
@@ -370,7 +375,7 @@ def test_a_mistake_within_a_run(polm: Cli, artifact: Any, tmp_path: Path) -> Non
     assert "error: s0/data: data/sft.jsonl:4: not valid JSON" in done.err
     assert "Traceback" not in done.err
     # A run that stopped can be looked at.
-    assert "0/16 stages" in polm("runs", "ls").out
+    assert "0/17 stages" in polm("runs", "ls").out
     assert "pending" in polm("runs", "show", "tiny").out
     assert polm("report", "runs/tiny").code == 0
     (data / "sft.jsonl").write_text("\n".join(lines))

@@ -17,6 +17,7 @@ from polm.recipe import (
     Arm,
     DPOSettings,
     GRPOSettings,
+    MicroscopeSettings,
     MidtrainSettings,
     ModelShape,
     PretrainSettings,
@@ -81,7 +82,24 @@ def test_each_cycle_is_guided_by_the_one_before() -> None:
             inputs = graph[f"s0/c{cycle}/{arm}/midtrain"].inputs
             assert inputs["base"] == "s0/pretrain"  # every mid-training starts from before annealing
             assert inputs["reference"] == f"s0/c{cycle}/{arm}/annotate"
-    assert Counter(node.arm for node in graph.values()) == {None: 3, "ntp": 9, "remit": 20, "by_sft": 20, "distill": 20}
+    assert Counter(node.arm for node in graph.values()) == {None: 3, "ntp": 9, "remit": 22, "by_sft": 22, "distill": 22}
+
+
+def test_each_arm_has_a_microscope() -> None:
+    recipe, graph = build(midtrain=MidtrainSettings(bin_tokens=300, too_long="truncate"))
+    node = graph["s0/c2/by_sft/microscope"]
+    assert node.inputs == {"base": "s0/pretrain", "reference": "s0/c1/by_sft/sft", "data": "s0/data"}
+    settings = graph["s0/c1/remit/microscope"].settings
+    assert isinstance(settings, MicroscopeSettings)
+    assert (settings.weighting, settings.eps, settings.bin_tokens, settings.too_long) == ("remit", 0.8, 300, "truncate")
+    assert "s0/c0/ntp/microscope" not in graph  # plain next-token prediction has no weights
+    assert estimate_node(node, recipe).memory_bytes is not None
+    _, outside = build(base="somebody/model", cycles=1)
+    assert outside["s0/c1/remit/microscope"].external == {"base": "somebody/model"}
+    _, without = build(microscope=None)
+    assert set(graph) - set(without) == {f"s0/c{c}/{arm}/microscope" for c in (1, 2) for arm in ARMS}
+    with pytest.raises(ValueError, match=r"microscope\.eps is set by the flywheel from each arm; leave it out"):
+        build(microscope=MicroscopeSettings(eps=0.5))
 
 
 def test_settings_of_an_arm() -> None:

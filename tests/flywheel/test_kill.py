@@ -37,11 +37,11 @@ KILLS: list[tuple[str, int, tuple[str, int]]] = [
     ("sft", 2, ("in a line of the log", 4)),
     ("dpo", 1, ("in the scores of the reference", 1)),
     ("dpo", 1, ("in a line of the log", 2)),
-    # Lines of samples.jsonl count too: samples, 1, 2, samples, 3, 4.
+    # Lines of samples.jsonl count too: 4 samples, 1, 2, 4 samples, 3, 4.
     ("grpo", 1, ("in a line of the log", 1)),
-    ("grpo", 1, ("in a line of the log", 3)),
-    ("grpo", 1, ("in a line of the log", 4)),
-    ("grpo", 1, ("in a line of the log", 6)),  # within a rollout: it goes on from the rollout's start
+    ("grpo", 1, ("in a line of the log", 6)),
+    ("grpo", 1, ("in a line of the log", 8)),
+    ("grpo", 1, ("in a line of the log", 12)),  # within a rollout: it goes on from the rollout's start
     ("grpo", 1, ("before the checkpoints go", 1)),
     ("pairs", 0, ("before the manifest", 1)),
     ("annotate", 0, ("in the scores of the reference", 1)),

@@ -203,7 +203,7 @@ def test_arms_that_agree_are_made_once(finished: Plan) -> None:
     made = {p.name for p in (finished.run_dir / "store").iterdir() if p.is_dir()}
     assert made == {folder.name for folder in folders.values()}
     # 3 roots, 6 of the control, 7 of the arm, for each of two seeds.
-    assert len(made) == 2 * (3 + 6 + 7)
+    assert len(made) == 2 * (3 + 6 + 8)
 
 
 def test_seeds_differ_in_everything_they_make(finished: Plan, hash_files: Any) -> None:

@@ -123,6 +123,57 @@ class RunBuilder:
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
 
+    def add_microscope(self, folder: Path, seed: int) -> None:
+        rows: list[dict[str, Any]] = []
+        labels = [("document", "prose"), ("document", f"add/steps{self.text}")]
+        for kind, label in [*labels, *(("benchmark", name) for name in self.benchmarks)]:
+            for index in range(2):
+                tokens = ["3", f" plus{self.text}", " 4", " is", "\n", " 7", ""]
+                delta = [self.random.gauss(0, 1) for _ in tokens]
+                rows.append(
+                    {
+                        "kind": kind,
+                        "label": label,
+                        "id": f"line {index}{self.text}",
+                        "num_tokens": 9,
+                        "num_prompt": 3 if kind == "benchmark" else 0,
+                        "tokens": tokens,
+                        "logp_ref": [None, *(-1.0 + d for d in delta[1:])],
+                        "logp_base": [None, *(-1.0 for _ in delta[1:])],
+                        "delta": [None, *delta[1:]],
+                        "weight": [None, *(min(1.8, max(0.2, 1 + d / 2)) for d in delta[1:])],
+                    }
+                )
+        mean = {"count": 30 + seed, "weight": 1.3, "delta": 0.5}
+        tables = {
+            "weighting": "remit",
+            "eps": 0.8,
+            "num_documents": 4,
+            "num_tokens": 24,
+            "num_entries": 7,
+            "min_count": 20,
+            "mean_weight": 1.01,
+            "mean_delta": 0.1,
+            "lifted": [{"token": f" plus{self.text}", **mean}],
+            "damped": [{"token": "7", **mean, "weight": 0.4, "delta": -1.2}],
+            "sources": [{"source": label, **mean} for _, label in labels],
+            "histogram": [0, 0, 1, 2, 3, 2, 1, 2, 3, 2, 1, 2, 1, 2, 1, 1, 0, 0, 0, 0],
+        }
+        (folder / "microscope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "tokens.json").write_text(json.dumps(tables))
+
+    def add_rollouts(self, folder: Path) -> None:
+        rows = []
+        for update, number in ((1, 0), (1, 1), (20, 0), (40, 0), (40, 1)):
+            statuses = ["right", "wrong", "unparsed", f"odd{self.text}"]
+            samples = [
+                {"text": f"sample {i} {self.text}", "status": status, "advantage": 1.0 - i}
+                for i, status in enumerate(statuses)
+            ]
+            prompt = f"prompt {number} of update {update} {self.text}"
+            rows.append({"update": update, "prompt": prompt, "answer": f"7{self.text}", "samples": samples})
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     def add_arm(self, seed: int, cycle: int, arm: str, effect: float, *, until: str = "grpo") -> None:
         prefix, done = f"s{seed}/c{cycle}/{arm}", True
         place = {"seed": seed, "cycle": cycle, "arm": arm}
@@ -131,6 +182,8 @@ class RunBuilder:
         if cycle > 0:
             reference = f"s{seed}/c{cycle - 1}/{'ntp' if cycle == 1 else arm}/grpo"
             self.add(f"{prefix}/annotate", "annotate", {"reference": reference, **shared}, **place)
+            inputs = {"base": previous, "reference": reference, "data": shared["data"]}
+            self.add_microscope(self.add(f"{prefix}/microscope", "microscope", inputs, **place), seed)
         for number, step in enumerate(ARM_STEPS):
             inputs = {"base": previous, **shared}
             if step == "midtrain" and cycle > 0:
@@ -140,6 +193,8 @@ class RunBuilder:
             folder = self.add(f"{prefix}/{step}", step, inputs, done=done, **place)
             if done and step != "pairs":
                 self.add_metrics(folder, step, arm)
+            if done and step == "grpo":
+                self.add_rollouts(folder)
             previous = f"{prefix}/{step}"
             for point, measured in POINT_OF_LEAF.items():
                 if measured == step:

@@ -99,7 +99,7 @@ def test_status_is_shown_in_words_and_form(build_run: Callable[..., Path]) -> No
     picture = build_graph(load_run(build_run(until="midtrain")), 0)
     assert "s0/c1/remit/sft: pending, pending" in picture
     assert 'stroke-dasharray="4 3"' in picture
-    assert "18 of 32 done" in picture
+    assert "20 of 34 done" in picture
 
 
 def test_unknown_steps_and_names_are_drawn_as_text(build_run: Callable[..., Path], hostile: str) -> None:
@@ -110,7 +110,7 @@ def test_unknown_steps_and_names_are_drawn_as_text(build_run: Callable[..., Path
     (run_dir / "run.json").write_text(json.dumps(content))
     picture = build_graph(load_run(run_dir), 0)
     assert "<img" not in picture
-    assert len(get_boxes(picture)) == 33
+    assert len(get_boxes(picture)) == 35
     assert all(width == NODE_WIDTH for _, _, width, _ in get_boxes(picture).values())
 
 

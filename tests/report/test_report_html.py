@@ -151,7 +151,7 @@ def test_an_effect_over_seeds_is_named_with_its_interval(build_run: Callable[...
 def test_an_unfinished_run_has_a_report(build_run: Callable[..., Path]) -> None:
     text = "".join(parse(build_report(load_run(build_run(until="midtrain")))).text)
     assert "6 evaluations are pending" in text
-    assert "18 of 32" in text
+    assert "20 of 34" in text
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_reads_a_finished_run(small_run: Path) -> None:
     run = load_run(small_run)
     assert run.name == "synthetic"
     assert run.seeds == (0, 1)
-    assert len(run.nodes) == 2 * (3 + 9 + 2 * 10)
+    assert len(run.nodes) == 2 * (3 + 9 + 2 * 11)
     assert {node.status for node in run.nodes} == {"done"}
     node = next(node for node in run.nodes if node.id == "s1/c1/remit/eval_rl")
     assert node.leaf == "eval_rl"

@@ -43,7 +43,7 @@ def test_a_turn(artifact: Any, check_trained: Any, read_rows: Any) -> None:
 
 def test_samples_are_kept_for_people(artifact: Any, read_rows: Any) -> None:
     rows = read_rows(artifact("grpo") / "samples.jsonl")
-    assert [row["update"] for row in rows] == [1, 3]
+    assert [row["update"] for row in rows] == [1] * 4 + [3] * 4  # the first and the last rollout
     prompts = {p.prompt: p for p in read_prompts(artifact("data") / "prompts.jsonl")}
     for row in rows:
         assert prompts[row["prompt"]].answer == row["answer"]
@@ -53,11 +53,18 @@ def test_samples_are_kept_for_people(artifact: Any, read_rows: Any) -> None:
         assert sum(sample["advantage"] for sample in row["samples"]) == pytest.approx(0.0, abs=1e-3)
 
 
-def test_without_a_penalty(artifact: Any, tmp_path: Path, read_rows: Any) -> None:
+def test_without_a_penalty(artifact: Any, tmp_path: Path, read_rows: Any, hash_files: Any) -> None:
     settings = artifact.spec("grpo")[1].model_copy(update={"kl_beta": 0.0, "updates": 2, "updates_per_rollout": 1})
     artifact.run("grpo", settings, artifact.inputs("grpo"), tmp_path / "out")
     lines = read_rows(tmp_path / "out" / "metrics.jsonl")
     assert all("rl/kl" not in line for line in lines)
+    # The distance from the start is measured all the same: none before the first update, some after it.
+    assert lines[0]["rl/kl_start"] == pytest.approx(0.0, abs=1e-6)
+    assert lines[1]["rl/kl_start"] > 1e-6
+    quiet = settings.model_copy(update={"kl_groups": 0})
+    artifact.run("grpo", quiet, artifact.inputs("grpo"), tmp_path / "quiet")
+    assert all("rl/kl_start" not in line for line in read_rows(tmp_path / "quiet" / "metrics.jsonl"))
+    assert hash_files(tmp_path / "quiet") == hash_files(tmp_path / "out")  # to measure changes no bit
     assert all(line["rl/sampler_gap_max"] < 1e-3 for line in lines)
 
 

@@ -1,0 +1,79 @@
+"""The section of RL's own rollouts: groups of the first and of the last one, with rewards, verdicts and advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from polm.report.compare import CONTROL, compute_arm, compute_rows, get_lead_arm
+from polm.report.escape import esc
+from polm.report.load import Node, RolloutGroup, Run
+from polm.report.markup import build_details, build_paragraph
+from polm.report.sections_samples import build_text
+
+MAX_GROUPS = 4
+MAX_GROUP_SAMPLES = 16
+MAX_ROLLOUT_TEXT = 600
+SIGNS = {"right": "✓", "wrong": "✗"}
+
+
+def choose_node(run: Run) -> Node | None:
+    """The first seed's RL of the lead arm in its last cycle; the control's where there is none."""
+    nodes = [node for node in run.nodes if node.rollouts and node.status != "shared"]
+    lead = get_lead_arm(compute_rows(run))
+    for arm in (lead, CONTROL):
+        found = [node for node in nodes if compute_arm(node) == arm]
+        if found:
+            return min(found, key=lambda node: node.spec.seed or 0)
+    return nodes[0] if nodes else None
+
+
+def _build_sample(text: str, status: str, advantage: float) -> str:
+    reward = 1 if status == "right" else 0
+    verdict = "right" if status == "right" else "wrong"
+    gain = f"{advantage:+.2f}".replace("-", "\u2212") if advantage else "0"
+    return (
+        f'<div class="answer"><p class="verdict {verdict}">{SIGNS.get(status, "?")} {esc(status)}, reward {reward}, '
+        f"advantage {gain}</p>{build_text(text, MAX_ROLLOUT_TEXT)}</div>"
+    )
+
+
+def _build_group(group: RolloutGroup) -> str:
+    samples = group.samples[:MAX_GROUP_SAMPLES]
+    num_right = sum(sample.status == "right" for sample in group.samples)
+    rest = len(group.samples) - len(samples)
+    more = build_paragraph(f"{rest} more samples are not shown.", "quiet") if rest else ""
+    answers = "".join(_build_sample(one.text, one.status, one.advantage) for one in samples)
+    return (
+        f'<article class="item"><h5>prompt</h5>{build_text(group.prompt, MAX_ROLLOUT_TEXT)}'
+        f"<p>expected answer: <code>{esc(group.answer)}</code>; {num_right} of {len(group.samples)} right</p>"
+        f'<div class="answers">{answers}</div>{more}</article>'
+    )
+
+
+def _build_update(groups: Sequence[RolloutGroup], update: int, words: str, *, is_open: bool) -> str:
+    mine = [group for group in groups if group.update == update]
+    shown = mine[:MAX_GROUPS]
+    summary = f"{words} rollout, update {update}: {len(shown)} prompt{'' if len(shown) == 1 else 's'}"
+    return build_details(summary, "".join(map(_build_group, shown)), is_open=is_open)
+
+
+def section_rollouts(run: Run) -> str:
+    """What the model was sampled saying during RL, at its beginning and at its end."""
+    node = choose_node(run)
+    if node is None:
+        return build_paragraph("RL has written no rollouts yet.", "callout")
+    first, last = node.rollouts[0].update, node.rollouts[-1].update
+    parts = [
+        build_paragraph(
+            f"Training rollouts of {compute_arm(node).label}, seed {node.spec.seed}: the first {MAX_GROUPS} prompts of "
+            f"the first and of the last rollout, whatever came out. At most {MAX_GROUP_SAMPLES} samples a prompt are "
+            f"shown, cut at {MAX_ROLLOUT_TEXT} characters. The prompts of two rollouts differ; the same prompts before "
+            "and after RL stand under Samples. Reward 1 is an answer that the verifier calls right. The advantage is "
+            "the reward against the group's own: a group that is all right or all wrong teaches nothing.",
+            "quiet",
+        ),
+        _build_update(node.rollouts, first, "First", is_open=True),
+    ]
+    if last != first:
+        parts.append(_build_update(node.rollouts, last, "Last", is_open=False))
+    return "".join(parts)
