@@ -299,7 +299,8 @@ class EvalSettings(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     pass_k: tuple[Count, ...] = (4,)
     not_first: tuple[str, ...] = Field(
-        (), description="also sample answers that begin with none of these texts (steps@1); empty = none"
+        (),
+        description="also sample answers that begin with none of these texts (steps@1); a flywheel does so for bases",
     )
     max_new_tokens: Count = 64
     seed: Seed = 0
@@ -339,6 +340,7 @@ class Arm(Settings):
 
     guide: Literal["grpo", "dpo", "sft"] = Field("grpo", description="which model of the cycle before is the reference")
     changes: dict[str, Any] = Field(default_factory=dict)
+    cycles: Count | None = Field(None, description="cycles of this arm, at most the recipe's; default: all of them")
 
 
 class Recipe(Settings):

@@ -63,7 +63,7 @@ def build_graph(recipe: Recipe) -> Graph:
         _add_pass(graph, recipe, seed, root, cycle=0, arm="ntp", midtrain=recipe.midtrain, guide=None)
         for name, arm in recipe.arms.items():
             before = "ntp"
-            for cycle in range(1, recipe.cycles + 1):
+            for cycle in range(1, (arm.cycles or recipe.cycles) + 1):
                 guide = f"s{seed}/c{cycle - 1}/{before}/{arm.guide}"
                 _add_pass(graph, recipe, seed, root, cycle, name, arm_settings(recipe, name, arm), guide)
                 before = name
@@ -151,8 +151,10 @@ def microscope_settings(section: MicroscopeSettings, midtrain: MidtrainSettings,
 
 
 def _eval(recipe: Recipe, form: str, seed: int) -> EvalSettings:
-    """The arms of a seed share their sampling noise, seeds do not."""
-    return recipe.eval.model_copy(update={"format": form, "seed": recipe.eval.seed + seed})
+    """The arms of a seed share their sampling noise, seeds do not. After SFT the form of an answer is settled."""
+    not_first = recipe.eval.not_first if form == "plain" else ()
+    changes = {"format": form, "seed": recipe.eval.seed + seed, "not_first": not_first}
+    return recipe.eval.model_copy(update=changes)
 
 
 def seeded(settings: Any, seed: int) -> Any:
