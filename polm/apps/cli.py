@@ -63,7 +63,8 @@ def run(
     runs: RunsDir = RUNS,
 ) -> None:
     """Run a recipe's whole flywheel; run it again to go on where it stopped."""
-    from polm.apps.show import RunBar, print_plan
+    from polm.apps.live import RunBar
+    from polm.apps.show import print_plan
     from polm.flywheel.graph import build_graph
     from polm.flywheel.runner import build_plan, run_graph
     from polm.recipe import Recipe
@@ -77,7 +78,7 @@ def run(
         console.print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), markup=False)
         print_plan(console, plan, workers)
         return
-    with RunBar(console) as bar:
+    with RunBar(console, plan, workers) as bar:
         run_graph(plan, workers=workers, watch=bar)
     report = write_report(plan.run_dir, plan.run_dir / "report.html")
     print_tables(load_run(plan.run_dir))

@@ -18,8 +18,12 @@ import yaml
 
 from polm import __version__
 from polm.apps import cli
+from polm.config import validate
+from polm.errors import StoreError
 from polm.flywheel import runner
+from polm.flywheel.graph import build_graph
 from polm.flywheel.store import lock, read_manifest
+from polm.recipe import Recipe
 from polm.stages.table import STAGES
 
 
@@ -375,6 +379,33 @@ def test_a_mistake_within_a_run(polm: Cli, artifact: Any, tmp_path: Path) -> Non
     assert polm("report", "runs/tiny").code == 0
     (data / "sft.jsonl").write_text("\n".join(lines))
     assert polm("run", "tiny.yaml", "data=data").code == 0
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_stage_that_fails_is_told(artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the progress that every stage leaves for the parent, and nothing of it left behind."""
+    recipe = validate(Recipe, recipe_of(artifact, arms={}), "a test")
+    plan = runner.build_plan(recipe, build_graph(recipe), tmp_path / "run")
+    reported: dict[str, Any] = {}
+    monkeypatch.setattr(runner, "REPORT_SECONDS", 0.0)
+    replace = runner._replace
+
+    def watch_file(path: Path, text: str) -> None:
+        replace(path, text)
+        reported.setdefault(path.name, []).append(runner.last_line(path))
+
+    monkeypatch.setattr(runner, "_replace", watch_file)
+    broken = plan.folder("s0/c0/ntp/grpo")
+    broken.mkdir(parents=True)
+    (broken / "of_the_user.txt").write_text("mine")
+    events: list[tuple[str, str]] = []
+    with pytest.raises(StoreError, match=r"s0/c0/ntp/grpo: .* holds no artifact of ours"):
+        runner.run_graph(plan, workers=1, watch=lambda e: events.append((e.kind, e.node.id)))
+    assert events[-1] == ("failed", "s0/c0/ntp/grpo")
+    for node in ("s0/pretrain", "s0/c0/ntp/eval_base"):
+        lines = reported[runner.progress_file(plan.folder(node)).name]
+        assert lines[-1]["update"] == lines[-1]["num_updates"]
+    assert list((tmp_path / "run" / "store").glob(".*.progress")) == []
 
 
 @pytest.mark.parametrize(
