@@ -1,4 +1,4 @@
-"""The command line: `polm run`, `polm runs`, `polm report`, and one command a stage."""
+"""The command line: `polm run`, `polm runs`, `polm report`, `polm compare`, and one command a stage."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ def run(
 def report(
     run_dir: Annotated[Path, typer.Argument(help="folder of a run, such as runs/demo")],
     out: Annotated[Path | None, typer.Option(help="where to write; default: report.html in the run")] = None,
+    show: Annotated[bool, typer.Option("--open", help="open the report in the browser")] = False,
 ) -> None:
     """Write the HTML report of a run, finished or not, and print its tables."""
     from polm.report.html import write_report
@@ -97,6 +98,49 @@ def report(
     written = write_report(run_dir, out or run_dir / "report.html")
     print_tables(load_run(run_dir), whole=True)
     console.print(f"report: {written}", markup=False, soft_wrap=True)
+    if show:
+        open_page(written)
+
+
+def open_page(page: Path) -> None:
+    """Open a written page in the user's browser, or say where it is."""
+    import webbrowser
+
+    try:
+        opened = webbrowser.open(page.resolve().as_uri())
+    except webbrowser.Error:
+        opened = False
+    if not opened:
+        console.print(f"no browser could be opened; open {page.resolve()} yourself", markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(help="two folders of runs; or one, with --arms", metavar="RUN [RUN]")
+    ],
+    arms: Annotated[tuple[str, str] | None, typer.Option("--arms", help="two arms of one run", metavar="A B")] = None,
+    out: Annotated[Path | None, typer.Option(help="an HTML page to write")] = None,
+) -> None:
+    """Compare two runs, or two arms of one run: recipes, scores on the same seeds and items, costs."""
+    from polm.report.compare_runs import compare_arms, compare_runs
+    from polm.report.compare_show import build_comparison_page, build_comparison_tables, describe_verdict
+    from polm.report.escape import clean_text
+    from polm.report.html import write_page
+    from polm.report.load import load_run
+
+    if len(run_dirs) != (1 if arms else 2):
+        wanted = "one run with --arms A B" if arms else "two runs, or one run with --arms A B"
+        raise UserError(f"polm compare takes {wanted}; found {len(run_dirs)}")
+    loaded = [load_run(folder) for folder in run_dirs]
+    found = compare_arms(loaded[0], *arms) if arms else compare_runs(*loaded)
+    for table in build_comparison_tables(found):
+        console.print(table)
+    for sentence in (*found.notes, describe_verdict(found)):
+        console.print(clean_text(sentence), markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        written = write_page(build_comparison_page(found), out)
+        console.print(f"comparison: {written}", markup=False, soft_wrap=True)
 
 
 @runs_app.command("ls")

@@ -408,6 +408,48 @@ def test_a_stage_that_fails_is_told(artifact: Any, tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "run" / "store").glob(".*.progress")) == []
 
 
+@pytest.mark.usefixtures("inline")
+def test_comparing_runs(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact)))
+    assert polm("run", "tiny.yaml").code == 0
+    assert polm("run", "tiny.yaml", "name=other", "midtrain.updates=3").code == 0
+    done = polm("compare", "runs/tiny", "runs/other", "--out", "page.html")
+    assert (done.code, done.err) == (0, "")
+    assert "midtrain.updates" in done.out
+    assert "the same data" in done.out
+    assert "One common seed, so nothing is shown" in done.out
+    assert "comparison: page.html" in done.out
+    assert "other against tiny" in (tmp_path / "page.html").read_text()
+    for words, message in (
+        (("runs/tiny",), "polm compare takes two runs, or one run with --arms A B; found 1"),
+        (("runs/tiny", "runs/other", "--arms", "ntp", "remit"), "takes one run with --arms A B; found 2"),
+        (("runs/tiny", "--arms", "ntp", "remit"), "nothing to compare: ntp has remit against"),
+        (("runs/tiny", "gone"), "gone: found no folder"),
+        (("runs/tiny", "runs/tiny"), "runs/tiny is given twice"),
+    ):
+        done = polm("compare", *words)
+        assert done.code == 2
+        assert message in done.err
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_report_is_opened(polm: Cli, artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact, arms={})))
+    assert polm("run", "tiny.yaml").code == 0
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    done = polm("report", "runs/tiny", "--open")
+    page = tmp_path / "runs/tiny/report.html"
+    assert opened == [page.as_uri()]
+    assert "no browser" not in done.out
+    monkeypatch.setattr("webbrowser.open", lambda _: False)
+    done = polm("report", "runs/tiny", "--open")
+    assert done.code == 0
+    assert f"no browser could be opened; open {page} yourself" in done.out
+    polm("report", "runs/tiny")
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
