@@ -143,6 +143,20 @@ def compare(
         console.print(f"comparison: {written}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def evidence(
+    folder: Annotated[Path, typer.Argument(help="folder with NAME/result.json and NAME/README.md")] = Path("evidence"),
+    out: Annotated[Path | None, typer.Option(help="default: docs/evidence.md beside the folder")] = None,
+) -> None:
+    """Write the page of all claims, shown and not shown, from the results of the evidence scripts."""
+    from polm.report.evidence import build_evidence_page
+    from polm.report.html import write_page
+
+    page = out or folder.resolve().parent / "docs" / "evidence.md"
+    written = write_page(build_evidence_page(folder, page), page)
+    console.print(f"evidence: {written}", markup=False, soft_wrap=True)
+
+
 @runs_app.command("ls")
 def runs_ls(runs: RunsDir = RUNS) -> None:
     """List runs with how much of each is done."""
