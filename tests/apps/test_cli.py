@@ -20,6 +20,7 @@ from polm import __version__
 from polm.apps import cli
 from polm.config import validate
 from polm.errors import StoreError
+from polm.evals.claims import build_claim, write_claims
 from polm.flywheel import runner
 from polm.flywheel.graph import build_graph
 from polm.flywheel.store import lock, read_manifest
@@ -459,6 +460,8 @@ def test_a_report_is_opened(polm: Cli, artifact: Any, tmp_path: Path, monkeypatc
         (("run", "demo", "midtrain.epz=3"), "unknown key 'midtrain.epz'; did you mean 'eps'?"),
         (("run", "demo", "--dry-run", "seeds=x"), "seeds: found 'x'"),
         (("report", "nowhere"), "nowhere: found no folder, expected the folder of a run"),
+        (("compare", "nowhere", "there"), "nowhere: found no folder, expected the folder of a run"),
+        (("evidence",), "evidence: found no */result.json, expected at least one"),
         (("runs", "show", "gone"), "runs/gone: found no folder"),
         (("runs", "rm", "gone"), "runs/gone is not a run (no run.json); `polm runs ls` lists them"),
     ],
@@ -484,11 +487,24 @@ def test_a_run_is_not_removed_without_a_yes(polm: Cli, tmp_path: Path, monkeypat
 # ---- the rest ------------------------------------------------------------------------------------------------------
 
 
+def test_the_page_of_evidence(polm: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "speed"
+    folder.mkdir(parents=True)
+    claims = [build_claim("x", metric="s", arm="a", control="b", differences=[1.0, 1.1], better="higher")]
+    write_claims(folder / "result.json", claims)
+    (folder / "README.md").write_text("# Speed\n\n**Question.** How fast?\n")
+    assert "evidence: " in polm("evidence", "mine").out
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "(../mine/speed/README.md)" in page
+    assert polm("evidence", "mine", "--out", "page.md").code == 0
+    assert (tmp_path / "page.md").read_text() == page.replace("../mine", "mine")
+
+
 def test_version_and_help(polm: Cli) -> None:
     assert polm("version").out.strip() == __version__
     helped = polm("--help")
     assert helped.code == 0
-    for name in (*STAGES, "run", "runs", "report"):
+    for name in (*STAGES, "run", "runs", "report", "compare", "evidence"):
         assert name in helped.out
     assert polm("sf").code == 2  # no such command
 
