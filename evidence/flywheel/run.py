@@ -6,17 +6,17 @@ python evidence/flywheel/run.py            # goes on where it stopped; about hal
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from polm.evals.statistics import compute_mean_stderr, compute_t_interval
+from polm.evals.claims import build_claim, write_claims
 from polm.report.compare import Row, compute_rows, describe_point
 from polm.report.load import load_run
 
@@ -26,26 +26,17 @@ NAME = "evidence_flywheel"
 METRICS = ("greedy", "pass@1", "nll")
 
 
-def build_claim(row: Row) -> dict[str, object]:
+def claim_row(row: Row) -> dict[str, Any]:
     """One entry of result.json: a paired difference to NTP, in points (or nats a token)."""
     assert row.comparison is not None
-    interval, scale = row.comparison.interval, row.metric.scale
-    differences = [value * scale for value in row.comparison.differences_by_seed]
-    spread = compute_mean_stderr(differences)
-    sign = 1.0 if row.metric.higher_is_better else -1.0
-    better = interval.low95 > 0 if sign > 0 else interval.high95 < 0
-    return {
-        "claim": f"{row.arm.label} is better than ntp {describe_point(row.point)}, {row.metric.title}",
-        "metric": f"{row.point}/{row.metric.key} ({row.metric.difference_unit})",
-        "arm": row.arm.label,
-        "control": "ntp · cycle 0",
-        "seeds": len(differences),
-        "mean": round(spread.mean, 4),
-        "stderr": round(spread.stderr, 4),
-        "interval95": [round(interval.low95 * scale, 4), round(interval.high95 * scale, 4)],
-        "differences": [round(value, 3) for value in differences],
-        "holds": bool(better),
-    }
+    return build_claim(
+        f"{row.arm.label} is better than ntp {describe_point(row.point)}, {row.metric.title}",
+        metric=f"{row.point}/{row.metric.key} ({row.metric.difference_unit})",
+        arm=row.arm.label,
+        control="ntp · cycle 0",
+        differences=[value * row.metric.scale for value in row.comparison.differences_by_seed],
+        better="higher" if row.metric.higher_is_better else "lower",
+    )
 
 
 def read_habit(seed: int, place: str) -> tuple[float, float]:
@@ -57,27 +48,22 @@ def read_habit(seed: int, place: str) -> tuple[float, float]:
     return 100 * sum(direct) / len(items), 100 * sum(steps) / max(1, len(steps))
 
 
-def build_habit_claims(seeds: list[int]) -> list[dict[str, object]]:
+def build_habit_claims(seeds: list[int]) -> list[dict[str, Any]]:
     """How much of a sampled gain is a habit: fewer direct answers, against better answers in steps."""
-    claims: list[dict[str, object]] = []
+    claims: list[dict[str, Any]] = []
     for arm in ("remit", "shuffled"):
         pairs = [(read_habit(seed, f"c1/{arm}"), read_habit(seed, "c0/ntp")) for seed in seeds]
         for which, words in enumerate(("direct answers, share of samples", "answers in steps, accuracy of samples")):
             differences = [mine[which] - control[which] for mine, control in pairs]
-            spread, interval = compute_mean_stderr(differences), compute_t_interval(differences)
             claims.append(
-                {
-                    "claim": f"{arm} · cycle 1 differs from ntp in the base's {words}",
-                    "metric": f"base/{words} (points)",
-                    "arm": f"{arm} · cycle 1",
-                    "control": "ntp · cycle 0",
-                    "seeds": len(differences),
-                    "mean": round(spread.mean, 4),
-                    "stderr": round(spread.stderr, 4),
-                    "interval95": [round(interval.low95, 4), round(interval.high95, 4)],
-                    "differences": [round(value, 3) for value in differences],
-                    "holds": interval.excludes_zero,
-                }
+                build_claim(
+                    f"{arm} · cycle 1 differs from ntp in the base's {words}",
+                    metric=f"base/{words} (points)",
+                    arm=f"{arm} · cycle 1",
+                    control="ntp · cycle 0",
+                    differences=differences,
+                    better="either",
+                )
             )
     return claims
 
@@ -97,7 +83,7 @@ def write_table(rows: list[Row]) -> str:
                 if not found or found[0].comparison is None:
                     cells.append("·")
                     continue
-                claim = build_claim(found[0])
+                claim = claim_row(found[0])
                 decimals = 3 if metric == "nll" else 1
                 cells.append(f"{claim['mean']:+.{decimals}f} ± {claim['stderr']:.{decimals}f}")
             lines.append(f"| {arm.label} | {found[0].metric.title} | " + " | ".join(cells) + " |")
@@ -143,9 +129,7 @@ def main() -> None:
         for row in compute_rows(run).rows
         if row.benchmark is None and row.comparison is not None and row.metric.key in METRICS
     ]
-    claims = [claim for claim in map(build_claim, rows) if math.isfinite(float(str(claim["mean"])))]
-    claims += build_habit_claims(list(run.seeds))
-    (HERE / "result.json").write_text(json.dumps(claims, indent=1) + "\n")
+    write_claims(HERE / "result.json", [*map(claim_row, rows), *build_habit_claims(list(run.seeds))])
     print(write_table(rows))
     draw(rows, HERE / "figure.png")
 

@@ -1,4 +1,4 @@
-"""The command line: `polm run`, `polm runs`, `polm report`, and one command a stage."""
+"""The command line: `polm run`, `polm runs`, `polm report`, `polm compare`, and one command a stage."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def run(
     runs: RunsDir = RUNS,
 ) -> None:
     """Run a recipe's whole flywheel; run it again to go on where it stopped."""
-    from polm.apps.show import RunBar, print_plan
+    from polm.apps.live import RunBar
+    from polm.apps.show import print_plan
     from polm.flywheel.graph import build_graph
     from polm.flywheel.runner import build_plan, run_graph
     from polm.recipe import Recipe
@@ -77,7 +78,7 @@ def run(
         console.print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), markup=False)
         print_plan(console, plan, workers)
         return
-    with RunBar(console) as bar:
+    with RunBar(console, plan, workers) as bar:
         run_graph(plan, workers=workers, watch=bar)
     report = write_report(plan.run_dir, plan.run_dir / "report.html")
     print_tables(load_run(plan.run_dir))
@@ -88,6 +89,7 @@ def run(
 def report(
     run_dir: Annotated[Path, typer.Argument(help="folder of a run, such as runs/demo")],
     out: Annotated[Path | None, typer.Option(help="where to write; default: report.html in the run")] = None,
+    show: Annotated[bool, typer.Option("--open", help="open the report in the browser")] = False,
 ) -> None:
     """Write the HTML report of a run, finished or not, and print its tables."""
     from polm.report.html import write_report
@@ -96,6 +98,63 @@ def report(
     written = write_report(run_dir, out or run_dir / "report.html")
     print_tables(load_run(run_dir), whole=True)
     console.print(f"report: {written}", markup=False, soft_wrap=True)
+    if show:
+        open_page(written)
+
+
+def open_page(page: Path) -> None:
+    """Open a written page in the user's browser, or say where it is."""
+    import webbrowser
+
+    try:
+        opened = webbrowser.open(page.resolve().as_uri())
+    except webbrowser.Error:
+        opened = False
+    if not opened:
+        console.print(f"no browser could be opened; open {page.resolve()} yourself", markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(help="two folders of runs; or one, with --arms", metavar="RUN [RUN]")
+    ],
+    arms: Annotated[tuple[str, str] | None, typer.Option("--arms", help="two arms of one run", metavar="A B")] = None,
+    out: Annotated[Path | None, typer.Option(help="an HTML page to write")] = None,
+) -> None:
+    """Compare two runs, or two arms of one run: recipes, scores on the same seeds and items, costs."""
+    from polm.report.compare_runs import compare_arms, compare_runs
+    from polm.report.compare_show import build_comparison_page, build_comparison_tables, describe_verdict
+    from polm.report.escape import clean_text
+    from polm.report.html import write_page
+    from polm.report.load import load_run
+
+    if len(run_dirs) != (1 if arms else 2):
+        wanted = "one run with --arms A B" if arms else "two runs, or one run with --arms A B"
+        raise UserError(f"polm compare takes {wanted}; found {len(run_dirs)}")
+    loaded = [load_run(folder) for folder in run_dirs]
+    found = compare_arms(loaded[0], *arms) if arms else compare_runs(*loaded)
+    for table in build_comparison_tables(found):
+        console.print(table)
+    for sentence in (*found.notes, describe_verdict(found)):
+        console.print(clean_text(sentence), markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        written = write_page(build_comparison_page(found), out)
+        console.print(f"comparison: {written}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def evidence(
+    folder: Annotated[Path, typer.Argument(help="folder with NAME/result.json and NAME/README.md")] = Path("evidence"),
+    out: Annotated[Path | None, typer.Option(help="default: docs/evidence.md beside the folder")] = None,
+) -> None:
+    """Write the page of all claims, shown and not shown, from the results of the evidence scripts."""
+    from polm.report.evidence import build_evidence_page
+    from polm.report.html import write_page
+
+    page = out or folder.resolve().parent / "docs" / "evidence.md"
+    written = write_page(build_evidence_page(folder, page), page)
+    console.print(f"evidence: {written}", markup=False, soft_wrap=True)
 
 
 @runs_app.command("ls")

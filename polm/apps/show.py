@@ -1,4 +1,4 @@
-"""What the terminal shows while stages run: a bar with rate and time left; plain lines where it is no terminal."""
+"""What the terminal shows while a stage runs, plain lines where it is no terminal; numbers in words; a plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from polm.flywheel.estimate import estimate_node, estimate_peak, sum_known
-from polm.flywheel.runner import Event, Plan
+from polm.flywheel.runner import Plan
 from polm.flywheel.store import is_finished
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines of a stage
@@ -57,61 +57,6 @@ class StageBar:
         elif time.monotonic() - self.last > PLAIN_SECONDS or done == total:
             self.last = time.monotonic()
             self.console.print(f"{self.name} {done}/{total} {words}", markup=False, highlight=False, soft_wrap=True)
-
-
-class RunBar:
-    """Progress of a graph: a callable for `run_graph`'s `watch`. Use as a context manager."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[words]}"), console=console, transient=True)
-        self.whole: TaskID | None = None
-        self.tasks: dict[str, TaskID] = {}
-        self.last: dict[str, float] = {}
-        self.num_skipped = 0
-
-    def __enter__(self) -> RunBar:
-        if self.console.is_terminal:
-            self.bar.start()
-            self.whole = self.bar.add_task("stages", total=None, words="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        if self.num_skipped:
-            self._print(f"{self.num_skipped} stages were there already")
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def __call__(self, event: Event) -> None:
-        node = event.node.id
-        if self.whole is not None:
-            self.bar.update(self.whole, completed=event.done, total=event.total)
-        if event.kind == "skipped":
-            self.num_skipped += 1
-        elif event.kind == "started":
-            self.last[node] = time.monotonic()
-            if self.console.is_terminal:
-                self.tasks[node] = self.bar.add_task(node, total=None, words="")
-        elif event.kind == "progress":
-            self._progress(node, event.line)
-        elif event.kind == "done":
-            if node in self.tasks:
-                self.bar.remove_task(self.tasks.pop(node))
-            summary = describe_summary(event.line.get("summary", {}))
-            self._print(f"[{event.done:>3}/{event.total}] {node:<28} {event.line['seconds']:7.1f} s  {summary}")
-
-    def _progress(self, node: str, line: Mapping[str, Any]) -> None:
-        if not line:
-            return
-        words = describe_line(line)
-        if node in self.tasks:
-            self.bar.update(self.tasks[node], completed=line["update"], total=line["num_updates"], words=words)
-        elif time.monotonic() - self.last[node] > PLAIN_SECONDS:
-            self.last[node] = time.monotonic()
-            self._print(f"          {node:<28} {line['update']}/{line['num_updates']} {words}")
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Run a graph over the store: what is done is skipped, what was killed goes on, ready stages run side by side.
 
-Each worker is a process of its own that runs one stage after another. The parent only watches: it reads the
-workers' `metrics.jsonl` for progress and writes `run.json`.
+Each worker is a process of its own that runs one stage after another. The parent only watches: it reads what the
+workers last reported and writes `run.json`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,15 @@ from polm.stages.common import Context
 from polm.stages.table import STAGES
 
 POLL_SECONDS = 0.5
+REPORT_SECONDS = 0.5  # between two progress lines that a worker leaves for the parent
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show: a node `started`, made `progress` (with the last metrics line), is `done` or was `skipped`."""
+    """Something to show: a node `started`, made `progress`, is `done`, was `skipped` or has `failed`.
+
+    `line` is the last line of progress, or the manifest of a node that is done or was skipped.
+    """
 
     kind: str
     node: Node
@@ -101,10 +105,10 @@ def run_graph(plan: Plan, *, workers: int = 0, watch: Watch) -> None:
         finished: set[str] = set()
         for node_id, node in list(pending.items()):
             if is_finished(plan.folder(node_id)):
-                check_artifact(plan.folder(node_id), plan.keys[node_id])
+                manifest = check_artifact(plan.folder(node_id), plan.keys[node_id])
                 finished.add(node_id)
                 del pending[node_id]
-                watch(Event("skipped", node, len(finished), len(plan.graph), {}))
+                watch(Event("skipped", node, len(finished), len(plan.graph), manifest))
         if pending:
             _run_pending(plan, pending, finished, workers or os.cpu_count() or 1, watch)
         write_run_files(plan)
@@ -138,12 +142,14 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
                 for future in done:
                     node = running.pop(future)
                     busy_folders.discard(plan.folder(node.id))
+                    if future.exception() is not None:
+                        watch(Event("failed", node, len(finished), len(plan.graph), {}))
                     _raise_failure(future, node, plan)
                     finished.add(node.id)
                     manifest = read_manifest(plan.folder(node.id))
                     watch(Event("done", node, len(finished), len(plan.graph), manifest))
                 for node in running.values():
-                    line = last_line(plan.folder(node.id) / "metrics.jsonl")
+                    line = last_line(progress_file(plan.folder(node.id)))
                     watch(Event("progress", node, len(finished), len(plan.graph), line))
         except BaseException:
             _stop_workers(pool)  # first: a pool that is shut down forgets its processes and waits for them
@@ -197,7 +203,7 @@ def _start_worker(parent: int) -> None:
 def run_node(
     stage: str, settings: dict[str, Any], inputs: dict[str, str], input_keys: dict[str, str], folder: str
 ) -> None:
-    """In a worker: run one stage, its words going to `log.txt` and its progress to `metrics.jsonl`."""
+    """In a worker: run one stage, its words going to `log.txt` and its last progress beside the folder."""
     spec = STAGES[stage]
     workdir = Path(folder)
     log = workdir / "log.txt"
@@ -207,11 +213,34 @@ def run_node(
             handle.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     work = Work(spec, validate(spec.settings, settings, "the run"), inputs, input_keys, workdir)
-    execute(work, Context(workdir, inputs, say=say))
+    progress = progress_file(workdir)
+    progress.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        execute(work, Context(workdir, inputs, report=_leave_progress(progress), say=say))
+    finally:
+        progress.unlink(missing_ok=True)
+
+
+def progress_file(folder: Path) -> Path:
+    """Where a worker leaves its last progress line: beside the artifact, which it is no part of."""
+    return folder.with_name(f".{folder.name}.progress")
+
+
+def _leave_progress(path: Path) -> Callable[[Mapping[str, Any]], None]:
+    """A `Context.report` that keeps the latest line in a file, written now and then: samplers report every token."""
+    last = -REPORT_SECONDS
+
+    def report(line: Mapping[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            _replace(path, json.dumps(line) + "\n")
+
+    return report
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last complete line of a metrics file; empty where there is none yet."""
+    """The last complete line of a JSONL file; empty where there is none yet."""
     try:
         with path.open("rb") as handle:
             handle.seek(0, os.SEEK_END)

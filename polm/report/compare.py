@@ -230,7 +230,7 @@ def _compute_seed_score(
     return float(np.mean(scores)) if scores else None
 
 
-def _compute_score(
+def compute_score(
     scores: Mapping[int, float], values: Mapping[int, ItemValues], benchmarks: Sequence[str], metric: str
 ) -> Estimate:
     """Mean over seeds with a t interval; for one seed the interval over items (Wilson for right or wrong)."""
@@ -247,7 +247,7 @@ def _compute_score(
     return Estimate(score, interval.low95, interval.high95)
 
 
-def _compute_comparison(
+def compute_comparison(
     arm: Mapping[int, ItemValues], control: Mapping[int, ItemValues], benchmarks: Sequence[str]
 ) -> tuple[Comparison | None, int]:
     """Paired comparison over the seeds that both have, and the number of items without a partner."""
@@ -269,7 +269,7 @@ def _compute_comparison(
     return compute_seed_comparison(lefts, rights, num_resamples=NUM_RESAMPLES), num_unpaired
 
 
-def _compute_k(evaluations: Mapping[tuple[str, Arm], Mapping[int, Evaluation]]) -> int:
+def compute_common_k(evaluations: Mapping[tuple[str, Arm], Mapping[int, Evaluation]]) -> int:
     """The largest k that every evaluation measured; 0 if there is none."""
     common: set[int] | None = None
     for by_seed in evaluations.values():
@@ -280,7 +280,7 @@ def _compute_k(evaluations: Mapping[tuple[str, Arm], Mapping[int, Evaluation]]) 
     return max(common or {0})
 
 
-def _order_points(points: Sequence[str]) -> tuple[str, ...]:
+def order_points(points: Sequence[str]) -> tuple[str, ...]:
     known = [point for point in POINTS if point in points]
     return (*known, *dict.fromkeys(point for point in points if point not in POINTS))
 
@@ -289,8 +289,8 @@ def _order_points(points: Sequence[str]) -> tuple[str, ...]:
 def compute_rows(run: Run) -> Rows:
     """Every score of the run with its interval and its paired difference to the control."""
     evaluations = build_evaluations(run)
-    k = _compute_k(evaluations)
-    points = _order_points([point for point, _ in evaluations])
+    k = compute_common_k(evaluations)
+    points = order_points([point for point, _ in evaluations])
     # The control first, then by cycle, and within a cycle as the run lists them (sorting keeps that order).
     arms = tuple(sorted(dict.fromkeys(arm for _, arm in evaluations), key=lambda arm: (not arm.is_control, arm.cycle)))
     names = dict.fromkeys(
@@ -318,8 +318,8 @@ def compute_rows(run: Run) -> Rows:
                     continue
                 comparison, num_unpaired = None, 0
                 if not arm.is_control and (point, CONTROL) in values:
-                    comparison, num_unpaired = _compute_comparison(values[place], values[point, CONTROL], members)
-                score = _compute_score(scores, values[place], members, metric.key)
+                    comparison, num_unpaired = compute_comparison(values[place], values[point, CONTROL], members)
+                score = compute_score(scores, values[place], members, metric.key)
                 rows.append(Row(point, arm, benchmark, metric, score, len(scores), comparison, num_unpaired))
     return Rows(tuple(rows), points, arms, tuple(names), k)
 

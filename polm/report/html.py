@@ -11,7 +11,7 @@ import base64
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -53,17 +53,24 @@ def _compute_source(text: str) -> str:
 
 def build_report(run: Run) -> str:
     """The whole page as text. The same run folder gives the same bytes: nothing of the present time is written."""
+    finished = max((node.manifest.finished for node in run.nodes if node.manifest), default="")
+    when = f"last stage finished {finished}" if finished else "no stage finished yet"
+    sections = [(anchor, heading, build(run)) for anchor, heading, build in SECTIONS]
+    return build_page("polm report", run.name, when, sections)
+
+
+def build_page(kind: str, name: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A self-contained page. `sections` are (anchor, heading, safe HTML); all other text is escaped here."""
     style, script = _read_asset("report.css"), _read_asset("report.js")
     policy = (
         f"default-src 'none'; style-src {_compute_source(style)}; script-src {_compute_source(script)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    finished = max((node.manifest.finished for node in run.nodes if node.manifest), default="")
-    links = "".join(f'<li><a href="#{anchor}">{esc(heading)}</a></li>' for anchor, heading, _ in SECTIONS)
-    sections = "\n".join(
-        f'<section id="{anchor}"><h2>{esc(heading)}</h2>{build(run)}</section>' for anchor, heading, build in SECTIONS
+    links = "".join(f'<li><a href="#{anchor}">{esc(heading)}</a></li>' for anchor, heading, _ in sections)
+    body = "\n".join(
+        f'<section id="{anchor}"><h2>{esc(heading)}</h2>{content_html}</section>'
+        for anchor, heading, content_html in sections
     )
-    when = f"last stage finished {finished}" if finished else "no stage finished yet"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -72,15 +79,15 @@ def build_report(run: Run) -> str:
 <meta name="referrer" content="no-referrer">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{esc(run.name)} · polm report</title>
+<title>{esc(name)} · {esc(kind)}</title>
 <style>{style}</style>
 </head>
 <body>
 <a class="skip" href="#main">Skip to the report</a>
-<header class="top"><p class="eyebrow">polm report</p><h1>{esc(run.name)}</h1><p class="quiet">{esc(when)}</p></header>
+<header class="top"><p class="eyebrow">{esc(kind)}</p><h1>{esc(name)}</h1><p class="quiet">{esc(lead)}</p></header>
 <nav aria-label="Sections"><ul>{links}</ul><button type="button" id="theme" hidden>light / dark</button></nav>
 <main id="main">
-{sections}
+{body}
 </main>
 <footer class="quiet">Written by polm {esc(__version__)}. Model text on this page is shown as text only.</footer>
 <script>{script}</script>
@@ -92,10 +99,13 @@ def build_report(run: Run) -> str:
 def write_report(run_dir: Path, out: Path) -> Path:
     """Write the report of the run folder `run_dir` to the file `out` and return it.
 
-    The file appears whole or not at all. Raises StoreError if `run_dir` is no run folder, if a file in it is damaged,
-    or if `out` cannot be written.
+    Raises StoreError if `run_dir` is no run folder, if a file in it is damaged, or if `out` cannot be written.
     """
-    page = build_report(load_run(run_dir)).encode("utf-8")
+    return write_page(build_report(load_run(run_dir)), out)
+
+
+def write_page(page: str, out: Path) -> Path:
+    """Write a text to the file `out`, which appears whole or not at all. Raises StoreError if it cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
@@ -105,7 +115,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
         ) from error
     try:
         with os.fdopen(descriptor, "wb") as handle:
-            handle.write(page)
+            handle.write(page.encode("utf-8"))
             handle.flush()
             os.fsync(handle.fileno())
         # mkstemp makes the file private; a report is as readable as any other file of its owner.

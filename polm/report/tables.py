@@ -37,7 +37,10 @@ def _build_difference_cell(row: Row | None) -> Text:
         return Text("control" if row is not None and row.arm.is_control else "–", style="dim")
     style = {"better": "bold green", "worse": "bold red", "undecided": ""}[row.verdict]
     mean = format_number(row.comparison.interval.mean_difference, row.metric, signed=True)
-    return Text(f"{mean} ({format_interval(row)})", style=style)
+    sign = {"better": "▲ ", "worse": "▼ ", "undecided": ""}[
+        row.verdict
+    ]  # as on the page; not every terminal has colours
+    return Text(f"{sign}{mean} ({format_interval(row)})", style=style)
 
 
 def describe_metric(key: str, rows: Rows) -> str:

@@ -18,8 +18,13 @@ import yaml
 
 from polm import __version__
 from polm.apps import cli
+from polm.config import validate
+from polm.errors import StoreError
+from polm.evals.claims import build_claim, write_claims
 from polm.flywheel import runner
+from polm.flywheel.graph import build_graph
 from polm.flywheel.store import lock, read_manifest
+from polm.recipe import Recipe
 from polm.stages.table import STAGES
 
 
@@ -382,6 +387,75 @@ def test_a_mistake_within_a_run(polm: Cli, artifact: Any, tmp_path: Path) -> Non
     assert polm("run", "tiny.yaml", "data=data").code == 0
 
 
+@pytest.mark.usefixtures("inline")
+def test_a_stage_that_fails_is_told(artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the progress that every stage leaves for the parent, and nothing of it left behind."""
+    recipe = validate(Recipe, recipe_of(artifact, arms={}), "a test")
+    plan = runner.build_plan(recipe, build_graph(recipe), tmp_path / "run")
+    reported: dict[str, Any] = {}
+    monkeypatch.setattr(runner, "REPORT_SECONDS", 0.0)
+    replace = runner._replace
+
+    def watch_file(path: Path, text: str) -> None:
+        replace(path, text)
+        reported.setdefault(path.name, []).append(runner.last_line(path))
+
+    monkeypatch.setattr(runner, "_replace", watch_file)
+    broken = plan.folder("s0/c0/ntp/grpo")
+    broken.mkdir(parents=True)
+    (broken / "of_the_user.txt").write_text("mine")
+    events: list[tuple[str, str]] = []
+    with pytest.raises(StoreError, match=r"s0/c0/ntp/grpo: .* holds no artifact of ours"):
+        runner.run_graph(plan, workers=1, watch=lambda e: events.append((e.kind, e.node.id)))
+    assert events[-1] == ("failed", "s0/c0/ntp/grpo")
+    for node in ("s0/pretrain", "s0/c0/ntp/eval_base"):
+        lines = reported[runner.progress_file(plan.folder(node)).name]
+        assert lines[-1]["update"] == lines[-1]["num_updates"]
+    assert list((tmp_path / "run" / "store").glob(".*.progress")) == []
+
+
+@pytest.mark.usefixtures("inline")
+def test_comparing_runs(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact)))
+    assert polm("run", "tiny.yaml").code == 0
+    assert polm("run", "tiny.yaml", "name=other", "midtrain.updates=3").code == 0
+    done = polm("compare", "runs/tiny", "runs/other", "--out", "page.html")
+    assert (done.code, done.err) == (0, "")
+    assert "midtrain.updates" in done.out
+    assert "the same data" in done.out
+    assert "One common seed, so nothing is shown" in done.out
+    assert "comparison: page.html" in done.out
+    assert "other against tiny" in (tmp_path / "page.html").read_text()
+    for words, message in (
+        (("runs/tiny",), "polm compare takes two runs, or one run with --arms A B; found 1"),
+        (("runs/tiny", "runs/other", "--arms", "ntp", "remit"), "takes one run with --arms A B; found 2"),
+        (("runs/tiny", "--arms", "ntp", "remit"), "nothing to compare: ntp has remit against"),
+        (("runs/tiny", "gone"), "gone: found no folder"),
+        (("runs/tiny", "runs/tiny"), "runs/tiny is given twice"),
+    ):
+        done = polm("compare", *words)
+        assert done.code == 2
+        assert message in done.err
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_report_is_opened(polm: Cli, artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_of(artifact, arms={})))
+    assert polm("run", "tiny.yaml").code == 0
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    done = polm("report", "runs/tiny", "--open")
+    page = tmp_path / "runs/tiny/report.html"
+    assert opened == [page.as_uri()]
+    assert "no browser" not in done.out
+    monkeypatch.setattr("webbrowser.open", lambda _: False)
+    done = polm("report", "runs/tiny", "--open")
+    assert done.code == 0
+    assert f"no browser could be opened; open {page} yourself" in done.out
+    polm("report", "runs/tiny")
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -391,6 +465,8 @@ def test_a_mistake_within_a_run(polm: Cli, artifact: Any, tmp_path: Path) -> Non
         (("run", "demo", "midtrain.epz=3"), "unknown key 'midtrain.epz'; did you mean 'eps'?"),
         (("run", "demo", "--dry-run", "seeds=x"), "seeds: found 'x'"),
         (("report", "nowhere"), "nowhere: found no folder, expected the folder of a run"),
+        (("compare", "nowhere", "there"), "nowhere: found no folder, expected the folder of a run"),
+        (("evidence",), "evidence: found no */result.json, expected at least one"),
         (("runs", "show", "gone"), "runs/gone: found no folder"),
         (("runs", "rm", "gone"), "runs/gone is not a run (no run.json); `polm runs ls` lists them"),
     ],
@@ -416,11 +492,24 @@ def test_a_run_is_not_removed_without_a_yes(polm: Cli, tmp_path: Path, monkeypat
 # ---- the rest ------------------------------------------------------------------------------------------------------
 
 
+def test_the_page_of_evidence(polm: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "speed"
+    folder.mkdir(parents=True)
+    claims = [build_claim("x", metric="s", arm="a", control="b", differences=[1.0, 1.1], better="higher")]
+    write_claims(folder / "result.json", claims)
+    (folder / "README.md").write_text("# Speed\n\n**Question.** How fast?\n")
+    assert "evidence: " in polm("evidence", "mine").out
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "(../mine/speed/README.md)" in page
+    assert polm("evidence", "mine", "--out", "page.md").code == 0
+    assert (tmp_path / "page.md").read_text() == page.replace("../mine", "mine")
+
+
 def test_version_and_help(polm: Cli) -> None:
     assert polm("version").out.strip() == __version__
     helped = polm("--help")
     assert helped.code == 0
-    for name in (*STAGES, "run", "runs", "report"):
+    for name in (*STAGES, "run", "runs", "report", "compare", "evidence"):
         assert name in helped.out
     assert polm("sf").code == 2  # no such command
 

@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polm.report.compare import Arm, compute_rows, format_interval, format_number
+from polm.report.compare import Arm, compute_rows, describe_point, format_interval, format_number, start_sentence
 from polm.report.load import load_run
-from polm.report.tables import build_stage_table, build_tables, format_memory, format_seconds, render_tables
+from polm.report.sections_results import section_benchmarks
+from polm.report.tables import (
+    build_stage_table,
+    build_summary_table,
+    build_tables,
+    format_memory,
+    format_seconds,
+    render_tables,
+)
 
 
 def test_tables_hold_every_point_and_its_numbers(small_run: Path) -> None:
@@ -28,6 +36,30 @@ def test_tables_hold_every_point_and_its_numbers(small_run: Path) -> None:
     assert "t interval over 2 seeds" in text
     assert "sampled, pass@4, %" in text
     assert "\x1b" not in text
+
+
+def test_the_terminal_says_what_the_page_says(build_run: Callable[..., Path]) -> None:
+    """Every score, difference, interval and mark of the summary stands in the page's table of that point and arm."""
+    run = load_run(build_run(seeds=3, arms=(("remit", 0.2), ("rho1", -0.2), ("same", 0.0))))
+    rows = compute_rows(run)
+    page = section_benchmarks(run)
+    table = build_summary_table(rows)
+    num_marked = 0
+    for point, column in zip(rows.points, table.columns[1:], strict=True):
+        part = page[page.index(f"<h3>{start_sentence(describe_point(point))}</h3>") :]
+        average = part[: part.index("</table>")]
+        assert str(column.header) == describe_point(point)
+        for arm, cell in zip(rows.arms, column.cells, strict=True):
+            score, difference = str(cell).split("\n")
+            start = average.index(f">{arm.label}</th>")
+            shown = average[start : average.index("</tr>", start)]
+            assert f'<td class="num">{score}<small>' in shown
+            num_marked += difference.startswith(("▲", "▼"))
+            mean, _, interval = difference.partition(" (")
+            expected = "<i>control</i>" if arm.is_control else f">{mean}<small>{interval.removesuffix(')')}</small>"
+            assert expected in shown
+    assert num_marked >= 4
+    assert str(table.caption) in page
 
 
 def test_one_seed_is_called_one_seed(build_run: Callable[..., Path]) -> None:
