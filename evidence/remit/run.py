@@ -1,0 +1,190 @@
+"""Run ReMiT and its rivals over fresh seeds; write one file a seed, then result.json, figure.png and the tables.
+
+python evidence/remit/run.py bases            # bases.yaml: the bases of one cycle, all arms and controls
+python evidence/remit/run.py whole            # recipe.yaml: through SFT, DPO and RL, three cycles
+python evidence/remit/run.py bases 100 101    # some seeds only
+python evidence/remit/run.py table            # only add up what is there
+
+A seed whose file is in seeds/ is not run again, and a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from polm.config import load_settings
+from polm.evals.claims import build_claim, write_claims
+from polm.flywheel.graph import Graph, build_graph
+from polm.flywheel.runner import Event, build_plan, run_graph
+from polm.recipe import Recipe
+from polm.report.compare import Arm, build_evaluations, compute_arm, describe_point
+from polm.report.load import Run, load_run
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE.parent.parent / "runs"
+RECIPES = {"bases": HERE / "bases.yaml", "whole": HERE / "recipe.yaml"}
+METRICS = {
+    "greedy": ("greedy", "points", 100.0, "higher"),
+    "pass@1": ("sampled", "points", 100.0, "higher"),
+    "steps@1": ("sampled, made to work in steps", "points", 100.0, "higher"),
+    "nll": ("NLL of held-out solutions", "nats/token", 1.0, "lower"),
+}
+DIRECT = "####"  # how an answer without steps begins
+
+
+def prune(graph: Graph) -> Graph:
+    """The evaluations of the bases, and of the control everywhere, with what they are made from."""
+    kept: set[str] = set()
+    stack = [name for name in graph if name.endswith("eval_base") or ("/c0/ntp/eval" in name)]
+    while stack:
+        name = stack.pop()
+        if name not in kept:
+            kept.add(name)
+            stack += graph[name].inputs.values()
+    return {name: node for name, node in graph.items() if name in kept}
+
+
+def run_seeds(kind: str, seeds: Sequence[int]) -> Run:
+    """Bring the graph of these seeds to its end and read it."""
+    recipe = load_settings(Recipe, RECIPES[kind], [f"seeds={list(seeds)}"])
+    graph = build_graph(recipe)
+    plan = build_plan(recipe, prune(graph) if kind == "bases" else graph, RUNS / recipe.name)
+
+    def watch(event: Event) -> None:
+        if event.kind == "done":
+            print(f"[{event.done}/{event.total}] {event.node.id} {event.line['seconds']:.1f} s", flush=True)
+
+    run_graph(plan, workers=os.cpu_count() or 1, watch=watch)
+    return load_run(plan.run_dir)
+
+
+def collect_seed(run: Run, seed: int) -> dict[str, Any]:
+    """Every score of a seed by arm and point, the share of direct answers, and what an update cost."""
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for (point, arm), by_seed in build_evaluations(run).items():
+        if seed not in by_seed:
+            continue
+        mean, items = by_seed[seed].results.mean, by_seed[seed].items
+        values = {name: mean[name] for name in METRICS if mean.get(name) is not None}
+        values["direct"] = float(np.mean([item.samples_text[0].startswith(DIRECT) for item in items]))
+        scores.setdefault(arm.label, {})[point] = values
+    costs: dict[str, dict[str, float]] = {}
+    for node in run.nodes:
+        manifest, arm = node.manifest, compute_arm(node)
+        if node.spec.seed == seed and node.spec.stage in ("midtrain", "annotate") and manifest and manifest.seconds:
+            costs.setdefault(arm.label, {})[node.spec.stage] = manifest.seconds
+    return {"seed": seed, "scores": scores, "seconds": costs, "versions": dict(run.spec.versions), "cores": os.cpu_count()}
+
+
+def read_seeds() -> dict[str, list[dict[str, Any]]]:
+    """The files of seeds/ by kind."""
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in RECIPES}
+    for path in sorted((HERE / "seeds").glob("*.json")):
+        found[path.name.partition("-")[0]].append(json.loads(path.read_text()))
+    return found
+
+
+def get_differences(rows: Sequence[Mapping[str, Any]], arm: str, control: str, point: str, metric: str) -> list[float]:
+    """Arm minus control, one a seed that has both."""
+    pairs = [(row["scores"].get(arm, {}).get(point, {}), row["scores"].get(control, {}).get(point, {})) for row in rows]
+    scale = METRICS[metric][2] if metric in METRICS else 100.0
+    return [scale * (a[metric] - b[metric]) for a, b in pairs if metric in a and metric in b]
+
+
+def build_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every arm against NTP; ReMiT and our own against the other arms of the first cycle."""
+    ntp = Arm(0, "ntp").label
+    labels = list(dict.fromkeys(label for row in rows for label in row["scores"]))
+    pairs = [(label, ntp) for label in labels if label != ntp]
+    firsts = [label for label in labels if label.endswith("cycle 1")]
+    for mine in (Arm(1, "remit").label, Arm(1, "plausible").label):
+        pairs += [(mine, other) for other in firsts if other != mine]
+    claims = []
+    for arm, control in pairs:
+        for point in ("base", "sft", "dpo", "rl"):
+            for metric, (words, unit, _, better) in METRICS.items():
+                differences = get_differences(rows, arm, control, point, metric)
+                if len(differences) > 1:
+                    claims.append(
+                        build_claim(
+                            f"{arm} is better than {control} {describe_point(point)}, {words}",
+                            metric=f"{point}/{metric} ({unit})",
+                            arm=arm,
+                            control=control,
+                            differences=differences,
+                            better=better,  # type: ignore[arg-type]
+                        )
+                    )
+    return claims
+
+
+def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
+    """Differences to NTP as Markdown: mean ± standard error."""
+    ntp = Arm(0, "ntp").label
+    mine = {(c["arm"], c["metric"].split(" ")[0]): c for c in claims if c["control"] == ntp}
+    columns = list(dict.fromkeys(metric for _, metric in mine))
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm in dict.fromkeys(arm for arm, _ in mine):
+        cells = []
+        for column in columns:
+            claim = mine.get((arm, column))
+            decimals = 3 if column.endswith("nll") else 1
+            cells.append(f"{claim['mean']:+.{decimals}f} ± {claim['stderr']:.{decimals}f}" if claim else "·")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Differences of the bases to NTP with 95 % t intervals over the seeds, a panel a metric."""
+    ntp = Arm(0, "ntp").label
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(12, 3.6), sharey=True)
+    for axis, (metric, (words, unit, _, better)) in zip(axes, METRICS.items(), strict=True):
+        chosen = [c for c in claims if c["control"] == ntp and c["metric"].startswith(f"base/{metric} ")]
+        chosen = [c for c in chosen if c["arm"].endswith("cycle 1")]
+        for place, claim in enumerate(chosen):
+            low, high = claim["interval95"]
+            axis.errorbar(
+                claim["mean"], place, xerr=[[claim["mean"] - low], [high - claim["mean"]]], fmt="o", capsize=3, color="C0"
+            )
+        axis.set_yticks(range(len(chosen)), [c["arm"].split(" ")[0] for c in chosen])
+        axis.axvline(0, color="0.5", linewidth=1)
+        axis.set_title(words, fontsize=9)
+        axis.set_xlabel(f"{unit} over NTP ({'more' if better == 'higher' else 'less'} is better)", fontsize=8)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    kind, *numbers = sys.argv[1:] or ["table"]
+    if kind != "table":
+        recipe = load_settings(Recipe, RECIPES[kind], [])
+        wanted = [int(n) for n in numbers] or list(recipe.seeds)
+        missing = [seed for seed in wanted if not (HERE / "seeds" / f"{kind}-{seed}.json").is_file()]
+        width = os.cpu_count() or 1
+        for start in range(0, len(missing), width):  # a few seeds at a time, so that what is done is written early
+            run = run_seeds(kind, missing[start : start + width])
+            for seed in missing[start : start + width]:
+                path = HERE / "seeds" / f"{kind}-{seed}.json"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(collect_seed(run, seed), indent=1) + "\n")
+    rows = read_seeds()
+    claims = build_claims([*rows["bases"], *rows["whole"]])
+    write_claims(HERE / "result.json", claims)
+    print(write_table(claims))
+    draw(claims, HERE / "figure.png")
+
+
+if __name__ == "__main__":
+    main()
