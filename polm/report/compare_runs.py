@@ -371,8 +371,8 @@ def _compute_differences(
     if num_same:
         total = sum(map(len, pairs.values()))
         notes.append(
-            f"{num_same} of {total} pairs of evaluations are one and the same artifact (same settings, same inputs): "
-            "they differ by nothing, by construction."
+            f"{num_same} of {total} pairs of evaluations have the same key (same settings, same inputs): they can "
+            "differ only by machine and versions."
         )
     return tuple(found), notes
 

@@ -84,7 +84,7 @@ def test_failed_and_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("size", [(80, 23), (80, 9), (40, 12), (20, 5), (200, 60)])
+@pytest.mark.parametrize("size", [(80, 23), (80, 9), (40, 12), (20, 5), (8, 1), (200, 60)])
 def test_it_fits(tmp_path: Path, size: tuple[int, int], plain: bool) -> None:
     """With eight seeds, two cycles and all states at once."""
     plan = plan_of(tmp_path, seeds=8, cycles=2)

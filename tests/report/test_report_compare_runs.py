@@ -241,9 +241,9 @@ def test_two_arms_of_one_run(small_run: Path) -> None:
         compare_arms(run, "remit", "remit")
 
 
-def test_the_same_artifact_is_called_so(small_run: Path, build_run: Callable[..., Path]) -> None:
+def test_equal_keys_are_told(small_run: Path, build_run: Callable[..., Path]) -> None:
     found = compare_runs(load_run(small_run), load_run(build_run(seeds=2)))
-    assert any("24 of 24 pairs of evaluations are one and the same artifact" in note for note in found.notes)
+    assert any("24 of 24 pairs of evaluations have the same key" in note for note in found.notes)
 
 
 def test_the_page_is_closed_and_escapes_everything(write_run: WriteRun, hostile: str) -> None:
