@@ -84,7 +84,8 @@ def collect_seed(run: Run, seed: int) -> dict[str, Any]:
         manifest, arm = node.manifest, compute_arm(node)
         if node.spec.seed == seed and node.spec.stage in ("midtrain", "annotate") and manifest and manifest.seconds:
             costs.setdefault(arm.label, {})[node.spec.stage] = manifest.seconds
-    return {"seed": seed, "scores": scores, "seconds": costs, "versions": dict(run.spec.versions), "cores": os.cpu_count()}
+    versions = dict(run.spec.versions)
+    return {"seed": seed, "scores": scores, "seconds": costs, "versions": versions, "cores": os.cpu_count()}
 
 
 def read_seeds() -> dict[str, list[dict[str, Any]]]:
@@ -153,10 +154,8 @@ def draw(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
         chosen = [c for c in claims if c["control"] == ntp and c["metric"].startswith(f"base/{metric} ")]
         chosen = [c for c in chosen if c["arm"].endswith("cycle 1")]
         for place, claim in enumerate(chosen):
-            low, high = claim["interval95"]
-            axis.errorbar(
-                claim["mean"], place, xerr=[[claim["mean"] - low], [high - claim["mean"]]], fmt="o", capsize=3, color="C0"
-            )
+            mean, (low, high) = claim["mean"], claim["interval95"]
+            axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
         axis.set_yticks(range(len(chosen)), [c["arm"].split(" ")[0] for c in chosen])
         axis.axvline(0, color="0.5", linewidth=1)
         axis.set_title(words, fontsize=9)

@@ -21,7 +21,7 @@ MANIFEST = {"seconds": 8.0, "summary": {"mean/greedy": 0.574}}
 
 
 def plan_of(tmp_path: Path, seeds: int = 1, **changes: Any) -> Plan:
-    recipe = Recipe(name="tiny", seeds=tuple(range(seeds)), **changes)
+    recipe = Recipe(name="tiny", seeds=tuple(range(seeds)), **{"microscope": None, **changes})
     return build_plan(recipe, build_graph(recipe), tmp_path / "run")
 
 
