@@ -26,7 +26,7 @@ def test_the_ledger_against_the_texts(artifact: Any, read_manifest: Any) -> None
     """Recounted with the bare tokenizer: role marker, question, role marker, answer, end."""
     tokenizer = load_tokenizer(artifact("sft") / "model")
     count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-    chats = read_conversations(artifact("data") / "sft.jsonl")
+    chats = [c.messages for c in read_conversations(artifact("data") / "sft.jsonl")]
     answers = sum(count(chat[1]["content"]) + 1 for chat in chats)
     questions = sum(count(chat[0]["content"]) + 2 for chat in chats)
     ledger = read_manifest(artifact("sft"))["ledger"]
@@ -38,7 +38,7 @@ def test_the_ledger_against_the_texts(artifact: Any, read_manifest: Any) -> None
 
 def test_the_answer_is_marked(artifact: Any) -> None:
     text = (artifact("sft") / "example.txt").read_text().strip()
-    first = read_conversations(artifact("data") / "sft.jsonl")[0]
+    first = read_conversations(artifact("data") / "sft.jsonl")[0].messages
     before, marked = text.rstrip("⟧").split("⟦")
     assert marked.replace(" ", "") == (first[1]["content"] + "<|eos|>").replace(" ", "")
     assert before.replace(" ", "") == f"<|user|>{first[0]['content']}<|assistant|>".replace(" ", "")
