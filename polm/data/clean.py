@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-from polm.data.records import Feedback, Record, Stepwise, list_texts
+from polm.data.records import Conversation, Feedback, Record, Stepwise, list_texts
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: each character counts as a word
 _WORDS = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
@@ -19,13 +20,14 @@ Names = frozenset[str]
 
 
 def fingerprint_record(record: Record) -> bytes:
-    """Sixteen bytes that are equal for records of the same kind, texts and labels.
+    """Sixteen bytes that are equal for records of the same kind, texts, labels and tools.
 
     Texts are compared in Unicode's NFC with every run of white space as one space; case counts. Weights do not.
     """
     texts = [" ".join(unicodedata.normalize("NFC", text).split()) for text in list_texts(record)]
     labels = repr(getattr(record, "label", None)) if isinstance(record, Feedback) else ""
     labels += repr(record.labels) if isinstance(record, Stepwise) else ""
+    labels += json.dumps(record.tools, sort_keys=True) if isinstance(record, Conversation) and record.tools else ""
     content = "\x1e".join([type(record).__name__, labels, *texts])
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
