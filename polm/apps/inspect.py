@@ -103,7 +103,8 @@ def _print_lengths(console: Console, found: Inspection) -> None:
     most = max(count for _, _, count in bins)
     for first, last, count in bins:
         bar = "█" * max(round(BAR_WIDTH * count / most), 1 if count else 0)
-        over = " ← over the context" if found.context and last > found.context and count else ""
+        over = " ← over the context" if first > found.context else " ← partly over the context"
+        over = over if found.context and last > found.context and count else ""
         console.print(_plain(f"{first:>9,} – {last:<9,} {count:>9,} {bar}{over}"))
 
 

@@ -60,7 +60,8 @@ def mix(
     readers = [_Reader(source, number, repeat=stop == "all") for number, source in enumerate(sources)]
     for reader, count in zip(readers, count_before(weights, seed, start), strict=True):
         for _ in range(count):
-            reader.take()
+            if reader.take() is None:  # a run from 0 would have ended before
+                return
     index = start
     while True:
         for number in draw_block(weights, seed, index // BLOCK)[index % BLOCK :]:

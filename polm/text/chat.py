@@ -102,7 +102,8 @@ def render_chat(
     else:
         spans = _spans_by_prefix(tokenizer, messages, wanted, text, render)
     ids_T, starts_T, ends_T = _encode(tokenizer, text)
-    _require_tools(messages, tools, text, dict(zip(wanted, spans, strict=True)))
+    without_tools = _renderer(tokenizer, template, {**(template_kwargs or {}), "tools": None})
+    _require_tools(messages, tools, text, dict(zip(wanted, spans, strict=True)), without_tools)
     messages_T = np.full(len(ids_T), -1, dtype=np.int64)
     for index, span in zip(wanted, spans, strict=True):
         inside_T = _tokens_inside(text, span, ids_T, starts_T, ends_T, index)
@@ -389,7 +390,11 @@ def _spans_by_prefix(
 
 
 def _require_tools(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str, spans: Mapping[int, Span]
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    text: str,
+    spans: Mapping[int, Span],
+    without_tools: _Render,
 ) -> None:
     """Refuse a template that drops what the data says about tools: most templates do so without a word."""
     lost = []
@@ -400,7 +405,8 @@ def _require_tools(
                 lost.append(f"the call of {call['function']['name']!r} in message {index}")
         if message["role"] == "tool" and message["content"].strip()[-32:] not in text:
             lost.append(f"the result of a tool in message {index}")
-    lost += [f"the tool {tool['function']['name']!r}" for tool in tools if tool["function"]["name"] not in text]
+    if tools and without_tools(messages, False, False)[0] == text:
+        lost += [f"the definition of the tool {tool['function']['name']!r}" for tool in tools]
     if lost:
         raise ModelError(
             f"the chat template leaves out {lost[0]}{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: it does "
