@@ -81,10 +81,7 @@ ROWS = [
     # weight 0 = context only; 0.5 for the second answer, whose second token counts twice that
     {"messages": [user("a"), bot("b c", weight=0), user("d"), bot("e f", weight=0.5, token_weights=[1, 2, 0])]},
     # a weight for the record, and token weights that leave the end of turn at 1
-    {
-        "conversations": [{"from": "human", "value": "g"}, {"from": "gpt", "value": "h i", "token_weights": [0, 1]}],
-        "weight": 3,
-    },
+    {"messages": [user("g"), bot("h i", token_weights=[0, 1])], "weight": 3},
 ]
 EXPECTED = [
     *[("<user>", 0), ("a", 0), ("<bot>", 0), ("b", 0), ("c", 0), ("<eos>", 0)],
