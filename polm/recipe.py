@@ -54,7 +54,7 @@ class WordProblemsData(Settings):
 
 
 class FolderData(Settings):
-    """A data set folder of your own: pretrain.jsonl, midtrain.jsonl, sft.jsonl, prompts.jsonl, benchmarks/*.jsonl."""
+    """A data set folder as it is: (pretrain|midtrain|sft|preferences|feedback|stepwise|prompts).jsonl, benchmarks/*."""
 
     source: Literal["folder"]
     path: Path
@@ -85,7 +85,8 @@ class FilesData(Settings):
     prompts: tuple[MixedSource, ...] = ()
     benchmarks: Path | None = Field(None, description="folder of NAME.jsonl, copied; no record may hold its questions")
     decontaminate: dict[str, FileSource] = Field(
-        default_factory=dict, description="name: file of further questions that no record may hold"
+        default_factory=dict,
+        description="name: file of further questions that no record may hold; format: published = a benchmark's own layout",
     )
     ngram: Annotated[int, Field(ge=2)] = Field(13, description="words in a row that make a record contaminated")
     deduplicate: bool = Field(True, description="drop records of the same text as an earlier one of the role")

@@ -248,7 +248,7 @@ def _stage_command(name: str) -> Callable[..., Any]:
 
 # Names and help are repeated here so that `polm --help` does not have to import torch; a test compares them.
 STAGE_HELP = {
-    "data": "write a data set folder",
+    "data": "write a data set folder (`polm data inspect FILE` only looks)",
     "tokenizer": "train a tokenizer",
     "pretrain": "next-token prediction from random weights",
     "annotate": "log-probabilities of a frozen model over a data set",

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polm.data.benchmarks import read_benchmark_folder
+from polm.data.benchmarks import read_benchmark, read_benchmark_folder
 from polm.data.clean import Contamination, fingerprint_record
 from polm.data.formats import FORMATS, build_records, open_source
 from polm.data.mixture import mix
@@ -47,6 +47,7 @@ ROLES: dict[str, tuple[str, type[Record]]] = {
     "prompts": ("prompts.jsonl", Prompt),
 }
 PARTS = ".parts"
+PUBLISHED = "published"  # instead of a format: one of `benchmarks.BENCHMARKS`, below the folder `path`
 
 
 def build_files_dataset(settings: FilesData, out: Path) -> dict[str, Any]:
@@ -88,7 +89,11 @@ def _read_questions(settings: FilesData) -> Contamination | None:
         for name, items in read_benchmark_folder(settings.benchmarks).items():
             questions[name] = [item.prompt for item in items]
     for name, source in settings.decontaminate.items():
-        questions.setdefault(name, []).extend(_read_question_source(source))
+        if source.format == PUBLISHED:
+            found: Iterable[str] = (item.prompt for item in read_benchmark(name, Path(source.path)))
+        else:
+            found = _read_question_source(source)
+        questions.setdefault(name, []).extend(found)
     return Contamination(questions, settings.ngram) if questions else None
 
 

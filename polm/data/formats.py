@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from polm.data.files import iterate_source, name_type
+from polm.data.messages import FIELDS, WEIGHT_FIELDS
 from polm.data.normalise import (
     build_alpaca,
     build_chat,
@@ -34,6 +35,7 @@ from polm.data.records import (
 )
 from polm.errors import DataError
 
+MESSAGE_COLUMNS = frozenset(["messages", "conversations", "prompt", "completion", "chosen", "rejected"])
 NUM_PROBED = 64  # rows that the format is told from
 Rows = Iterator[tuple[str, Row]]
 
@@ -221,11 +223,19 @@ def open_source(
 
 
 def build_records(format: Format, rows: Rows, ledger: Counter[str]) -> Iterator[Record]:
-    """Rows as canonical records; columns that the format does not read are counted as `columns_ignored/NAME`."""
+    """Rows as canonical records; what the format does not read is counted as `columns_ignored/NAME`.
+
+    A field of messages is NAME = "messages[].field", once a row.
+    """
+    fields = FIELDS | WEIGHT_FIELDS if format.kind is Conversation else FIELDS
     for place, row in rows:
         yield format.build(place, row)
         for name in row.keys() - format.columns:
             ledger[f"columns_ignored/{name}"] += 1
+        for name in MESSAGE_COLUMNS & row.keys() & format.columns:
+            messages = row[name] if isinstance(row[name], list) else ()
+            found = {field for message in messages if isinstance(message, dict) for field in message}
+            ledger.update(f"columns_ignored/{name}[].{field}" for field in found - fields)
 
 
 def _seen(name: str) -> tuple[str, ...]:

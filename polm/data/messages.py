@@ -9,11 +9,18 @@ from polm.data.files import name_type, parse_json
 from polm.data.records import Message, Row
 from polm.errors import DataError
 
+# What is read of a message; other fields are counted as ignored.
+FIELDS = frozenset(["role", "content", "from", "value", "name", "tool_call_id", "tool_calls", "function_call"])
+WEIGHT_FIELDS = frozenset(("weight", "token_weights"))
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+OPENAI_ROLES = {**ROLES, "function": "tool"}  # before there were tools, there were functions
 SHAREGPT_ROLES = {
     **ROLES,
     "human": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
     "function_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
@@ -34,8 +41,8 @@ def build_message(place: str, message: object, where: str) -> Message:
     """One message: role, text, and what belongs to tools."""
     if isinstance(message, dict) and {"from", "value"} <= message.keys():
         given, content, roles = message["from"], message["value"], SHAREGPT_ROLES
-    elif isinstance(message, dict) and "role" in message and ("content" in message or "tool_calls" in message):
-        given, content, roles = message["role"], message.get("content"), ROLES
+    elif isinstance(message, dict) and "role" in message and not FIELDS.isdisjoint(message.keys() - {"role", "name"}):
+        given, content, roles = message["role"], message.get("content"), OPENAI_ROLES
     else:
         found = ", ".join(map(str, message)) if isinstance(message, dict) else name_type(message)
         raise DataError(
@@ -49,8 +56,9 @@ def build_message(place: str, message: object, where: str) -> Message:
         calls = value if isinstance(value, list) else [value]
         return {"role": "assistant", "content": "", "tool_calls": _build_calls(place, calls, where)}
     out: Message = {"role": roles[given], "content": ""}
-    if message.get("tool_calls"):
-        out["tool_calls"] = _build_calls(place, message["tool_calls"], where)
+    older = [message["function_call"]] if message.get("function_call") else None
+    if given_calls := message.get("tool_calls") or older:
+        out["tool_calls"] = _build_calls(place, given_calls, where)
         if out["role"] != "assistant":
             raise DataError(f"{place}: {where} has tool_calls and the role {given}; only the assistant calls tools")
     out["content"] = _read_content(place, content, where, may_be_absent="tool_calls" in out)

@@ -110,4 +110,11 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-STAGE = Stage("data", "produce", DataStage, run, inputs=(), summary="write a data set folder")
+STAGE = Stage(
+    "data",
+    "produce",
+    DataStage,
+    run,
+    inputs=(),
+    summary="write a data set folder (`polm data inspect FILE` only looks)",
+)

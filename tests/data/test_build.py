@@ -111,6 +111,26 @@ def test_duplicates_contamination_and_media_are_counted(tmp_path: Path) -> None:
         build(tmp_path / "no", **sections)
 
 
+def test_published_benchmarks_are_read_in_their_own_layout(tmp_path: Path) -> None:
+    """SVAMP's question stands in two columns, and only both together are asked."""
+    (tmp_path / "word_problems").mkdir()
+    item = {
+        "Body": "Ann has three pears",
+        "Question": "How many pears does Ann have?",
+        "Equation": "3.0",
+        "Answer": 3.0,
+    }
+    write_jsonl(tmp_path / "word_problems" / "svamp.jsonl", [item])
+    asked = "Ann has three pears. How many pears does Ann have?"
+    rows = [chat(asked), chat("How many pears does Ann have?")]
+    sections: dict[str, Any] = {"sft": (source(tmp_path / "a.jsonl", rows),)}
+    published = FileSource(path=str(tmp_path), format="published")
+    summary = build(tmp_path / "out", decontaminate={"svamp": published}, **sections)
+    assert (summary["ledger"]["sft/contaminated/svamp"], summary["ledger"]["sft/kept"]) == (1, 1)
+    with pytest.raises(DataError, match="unknown benchmark 'exam'; known are asdiv, gsm8k, math, mawps, svamp"):
+        build(tmp_path / "no", decontaminate={"exam": published}, **sections)
+
+
 @pytest.mark.parametrize("stop", ["first", "all"])
 def test_a_mixture_is_counted(tmp_path: Path, stop: Any) -> None:
     small = source(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(4)], weight=1)

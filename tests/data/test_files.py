@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,3 +244,13 @@ def test_without_datasets_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'polm\[hub\]'"):
         list(iterate_source("hub:a/b"))
+
+
+def test_optional_packages_are_imported_in_one_place_each() -> None:
+    package = Path(files.__file__).parents[1]
+    sources = {str(p.relative_to(package)): p.read_text(encoding="utf-8") for p in package.rglob("*.py")}
+    for name, place in (("pyarrow", "parquet"), ("zstandard", "zstd"), ("datasets", "hub")):
+        found = {
+            path for path, text in sources.items() if re.search(rf"^\s*(import|from) {name}\b", text, re.MULTILINE)
+        }
+        assert found == {f"data/{place}.py"}

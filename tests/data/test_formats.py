@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from polm.data.formats import FORMATS, build_records, detect_format, detect_row, open_source
 from polm.data.readers import write_jsonl
@@ -23,6 +25,7 @@ from polm.data.records import (
     build_row,
 )
 from polm.errors import DataError
+from polm.recipe import FilesData
 
 REAL_DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -117,6 +120,29 @@ CASES: list[tuple[str, dict[str, Any], Record]] = [
                 bot("3."),
             ],
             tools=[WRAPPED],
+        ),
+    ),
+    (
+        "messages",  # the older form of calls
+        {
+            "messages": [
+                user("1+2?"),
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "add", "arguments": '{"a": 1, "b": [2]}'},
+                },
+                {"role": "function", "name": "add", "content": "3"},
+                bot("3."),
+            ]
+        },
+        Conversation(
+            [
+                user("1+2?"),
+                bot("", tool_calls=[CALL]),
+                {"role": "tool", "content": "3", "name": "add"},
+                bot("3."),
+            ]
         ),
     ),
     (
@@ -307,6 +333,11 @@ def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
     records, ledger = read(write(tmp_path / "a.jsonl", {"text": "a", "url": "u"}, {"text": "b", "url": "u", "n": 1}))
     assert records == [Document("a"), Document("b")]
     assert ledger == {"columns_ignored/url": 2, "columns_ignored/n": 1}
+    messages = [user("q"), bot("a", thinking="hm", weight=1), bot("b", thinking="hm")]
+    _, ledger = read(write(tmp_path / "b.jsonl", {"messages": messages}))
+    assert ledger == {"columns_ignored/messages[].thinking": 1}
+    _, ledger = read(write(tmp_path / "c.jsonl", {"messages": messages, "label": True}))  # pairs and labels: no weights
+    assert ledger == {"columns_ignored/messages[].thinking": 1, "columns_ignored/messages[].weight": 1}
 
 
 def test_an_unknown_layout_names_the_columns_the_cure_and_every_format(tmp_path: Path) -> None:
@@ -400,3 +431,21 @@ def test_all_of_the_demo_formats_are_in_the_list() -> None:
         pytest.skip("the published data files are not beside the project (../shared/data)")
     found = {f"demo_formats/{p.name}" for p in (REAL_DATA / "demo_formats").iterdir()}
     assert found == {name for name in PUBLISHED if name.startswith("demo_formats/")}
+
+
+# ---- the document --------------------------------------------------------------------------------------------------
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_document_hold() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.*?\})`.*\| (\w+) \|$", DOCUMENT, re.MULTILINE)
+    kinds = {"conversation": Conversation, "document": Document, "pair": Preference, "feedback": Feedback}
+    kinds |= {"steps": Stepwise, "question": Prompt}
+    assert [name for name, _, _ in rows] == list(FORMATS)
+    for name, example, kind in rows:
+        row = json.loads(example)
+        assert detect_row(row) == name
+        assert isinstance(FORMATS[name].build("docs/data.md", row), kinds[kind])
+    section = DOCUMENT[DOCUMENT.index("    data:\n") :].split("\n\n")[0]
+    FilesData.model_validate(yaml.safe_load(section)["data"])
