@@ -54,13 +54,50 @@ class WordProblemsData(Settings):
 
 
 class FolderData(Settings):
-    """A data set folder of your own: pretrain.jsonl, midtrain.jsonl, sft.jsonl, prompts.jsonl, benchmarks/*.jsonl."""
+    """A data set folder as it is: (pretrain|midtrain|sft|preferences|feedback|stepwise|prompts).jsonl, benchmarks/*."""
 
     source: Literal["folder"]
     path: Path
 
 
-DataSettings = Annotated[DemoData | WordProblemsData | FolderData, Field(discriminator="source")]
+class FileSource(Settings):
+    """A file of your own in any format that polm knows (`polm data inspect FILE` shows which; docs/data.md)."""
+
+    path: str = Field(description="a file, a folder of files, or hub:OWNER/NAME[:CONFIG][:SPLIT]")
+    format: str | None = Field(None, description="default: told from the first rows")
+    columns: dict[str, str] = Field(default_factory=dict, description="ours: theirs")
+
+
+class MixedSource(FileSource):
+    weight: Positive | None = Field(None, description="share in a mixture; none for all = each record once")
+
+
+class FilesData(Settings):
+    """Files of your own, converted, cleaned and mixed into a data set folder."""
+
+    source: Literal["files"]
+    pretrain: tuple[MixedSource, ...] = ()
+    midtrain: tuple[MixedSource, ...] = ()
+    sft: tuple[MixedSource, ...] = ()
+    preferences: tuple[MixedSource, ...] = ()
+    feedback: tuple[MixedSource, ...] = ()
+    stepwise: tuple[MixedSource, ...] = ()
+    prompts: tuple[MixedSource, ...] = ()
+    benchmarks: Path | None = Field(None, description="folder of NAME.jsonl, copied; no record may hold its questions")
+    decontaminate: dict[str, FileSource] = Field(
+        default_factory=dict,
+        description="name: file of further questions that no record may hold; format: published = a benchmark's own layout",
+    )
+    ngram: Annotated[int, Field(ge=2)] = Field(13, description="words in a row that make a record contaminated")
+    deduplicate: bool = Field(True, description="drop records of the same text as an earlier one of the role")
+    media: Literal["error", "drop"] = Field("error", description="records that refer to images, video or sound")
+    seed: Seed = Field(0, description="of the order of a mixture")
+    stop: Literal["first", "all"] = Field(
+        "first", description="end of a mixture: at the first exhausted source, or when all are (others repeat)"
+    )
+
+
+DataSettings = Annotated[DemoData | WordProblemsData | FolderData | FilesData, Field(discriminator="source")]
 
 
 class DataStage(Settings):

@@ -63,6 +63,9 @@ READ_ELSEWHERE = {
     "WordProblemsData.seed": "data stage, with published files",
     "WordProblemsData.holdout_share": "data stage, with published files",
     "AnnotateSettings.train_on": "annotate stage, with data: sft",
+    "FilesData.media": "data stage, with records that refer to images",
+    "FilesData.seed": "data stage, with a mixture",
+    "FilesData.stop": "data stage, with a mixture",
     "GRPOSettings.epochs": "grpo stage, without updates",
     "Recipe.workers": "the command line",
 }
@@ -184,6 +187,9 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
         {},
         tmp_path / "folder",
     )
+    texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
+    files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
+    workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)

@@ -36,6 +36,8 @@ RunsDir = Annotated[Path, typer.Option("--runs", help="folder of runs")]
 def main() -> None:
     """Entry point: a user's mistake prints its text and exits with 2, without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.argv[1:3] == ["data", "inspect"]:  # `data` is a stage, whose words are not commands
+        sys.argv[1:3] = ["inspect"]
     try:
         app()
     except UserError as error:
@@ -155,6 +157,33 @@ def evidence(
     page = out or folder.resolve().parent / "docs" / "evidence.md"
     written = write_page(build_evidence_page(folder, page), page)
     console.print(f"evidence: {written}", markup=False, soft_wrap=True)
+
+
+@app.command("inspect")
+def inspect_file(
+    file: Annotated[str, typer.Argument(help="a data file, a folder of them, or hub:OWNER/NAME")],
+    tokenizer: Annotated[str | None, typer.Option(help="folder of a model or tokenizer: count in its tokens")] = None,
+    context: Annotated[int, typer.Option(min=0, help="tokens; says what would be cut off. 0 = nothing")] = 0,
+    format: Annotated[str | None, typer.Option(help="name of the format; default: told from the rows")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, may be given several times")] = None,
+    template: Annotated[str | None, typer.Option(help="set this chat template of ours on the tokenizer")] = None,
+    example: Annotated[int, typer.Option(min=1, help="the row to show")] = 1,
+) -> None:
+    """Show what a data file holds (also `polm data inspect`): format, counts, lengths, an example as trained on."""
+    from polm.apps.inspect import parse_columns, print_inspection
+    from polm.data.inspection import inspect_source
+    from polm.models.loading import load_tokenizer
+    from polm.stages.pretrain import model_folder_of_tokenizer
+    from polm.text.templates import apply_template
+
+    loaded = load_tokenizer(model_folder_of_tokenizer(tokenizer)) if tokenizer is not None else None
+    if template is not None:
+        if loaded is None:
+            raise UserError("--template needs --tokenizer PATH, whose template it sets")
+        apply_template(loaded, template)
+    columns = parse_columns(column or [])
+    found = inspect_source(file, tokenizer=loaded, context=context, format=format, columns=columns, example=example)
+    print_inspection(console, found)
 
 
 @runs_app.command("ls")
@@ -283,7 +312,7 @@ def _stage_command(name: str) -> Callable[..., Any]:
 
 # Names and help are repeated here so that `polm --help` does not have to import torch; a test compares them.
 STAGE_HELP = {
-    "data": "write a data set folder",
+    "data": "write a data set folder (`polm data inspect FILE` only looks)",
     "tokenizer": "train a tokenizer",
     "pretrain": "next-token prediction from random weights",
     "annotate": "log-probabilities of a frozen model over a data set",

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from polm.data.readers import Row, read_jsonl, read_numbers, require_columns
+from polm.data.files import read_jsonl
+from polm.data.normalise import ANSWER_MARKER as ANSWER_MARKER
+from polm.data.normalise import read_numbers, require_columns
+from polm.data.records import Row
 from polm.errors import DataError
-
-ANSWER_MARKER = "####"
 
 BENCHMARK_FORMATS = (
     '{"id": "...", "prompt": "...", "answer": "...", "solution": "...", "verifier": "number"}, and optionally numbers'
@@ -93,12 +94,12 @@ def read_benchmark_file(path: Path) -> list[BenchmarkItem]:
     seen: dict[str, int] = {}
     columns = ["id", "prompt", "answer", "solution", "verifier"]
     for line, row in read_jsonl(path):
-        require_columns(path, line, row, columns, BENCHMARK_FORMATS)
+        require_columns(f"{path}:{line}", row, columns, BENCHMARK_FORMATS)
         texts = {column: _get_string(path, line, row, column) for column in columns}
         if texts["id"] in seen:
             raise DataError(f"{path}:{line}: the id {texts['id']!r} occurs already in line {seen[texts['id']]}")
         seen[texts["id"]] = line
-        items.append(BenchmarkItem(**texts, numbers=read_numbers(path, line, row)))
+        items.append(BenchmarkItem(**texts, numbers=read_numbers(f"{path}:{line}", row)))
     return items
 
 
@@ -138,7 +139,7 @@ def _get_number(path: Path, line: int, row: Row, column: str) -> float:
 
 def _build_gsm8k(path: Path, line: int, row: Row) -> BenchmarkItem:
     """Layout: question; answer = steps with <<calculations>> and "#### value"."""
-    require_columns(path, line, row, ["question", "answer"])
+    require_columns(f"{path}:{line}", row, ["question", "answer"])
     worked = _get_string(path, line, row, "answer")
     value = parse_plain_number(extract_marked(worked) or "")
     if value is None:
@@ -149,7 +150,7 @@ def _build_gsm8k(path: Path, line: int, row: Row) -> BenchmarkItem:
 
 def _build_math(path: Path, line: int, row: Row) -> BenchmarkItem:
     """Layout: problem, level, type; solution with the answer in \\boxed{}."""
-    require_columns(path, line, row, ["problem", "solution"])
+    require_columns(f"{path}:{line}", row, ["problem", "solution"])
     solution = _get_string(path, line, row, "solution")
     answer = extract_boxed(solution)
     if not answer:
@@ -159,7 +160,7 @@ def _build_math(path: Path, line: int, row: Row) -> BenchmarkItem:
 
 def _build_svamp(path: Path, line: int, row: Row) -> BenchmarkItem:
     """Layout: Body, Question, Equation such as "( 290.0 / 2.0 )", Answer as a number, ID."""
-    require_columns(path, line, row, ["Body", "Question", "Equation", "Answer"])
+    require_columns(f"{path}:{line}", row, ["Body", "Question", "Equation", "Answer"])
     answer = format_number(_get_number(path, line, row, "Answer"))
     equation = re.sub(r"\.0\b", "", _get_string(path, line, row, "Equation")).strip()
     prompt = join_sentences(_get_string(path, line, row, "Body"), _get_string(path, line, row, "Question"))
@@ -169,7 +170,7 @@ def _build_svamp(path: Path, line: int, row: Row) -> BenchmarkItem:
 
 def _build_asdiv(path: Path, line: int, row: Row) -> BenchmarkItem:
     """Layout: body, question, formula such as "7+2=9", answer such as "9 (apples)", solution_type."""
-    require_columns(path, line, row, ["body", "question", "formula", "answer"])
+    require_columns(f"{path}:{line}", row, ["body", "question", "formula", "answer"])
     answer = _get_string(path, line, row, "answer").strip()
     if match := _ASDIV_NUMBER.fullmatch(answer):
         answer, verifier = format_number(float(match[1].replace(",", ""))), "math"
@@ -182,7 +183,7 @@ def _build_asdiv(path: Path, line: int, row: Row) -> BenchmarkItem:
 
 def _build_mawps(path: Path, line: int, row: Row) -> BenchmarkItem:
     """Layout: input, target as a number, type (the collection that the question comes from)."""
-    require_columns(path, line, row, ["input", "target"])
+    require_columns(f"{path}:{line}", row, ["input", "target"])
     answer = format_number(_get_number(path, line, row, "target"))
     prompt = _get_string(path, line, row, "input").strip()
     return BenchmarkItem(f"mawps-{line}", prompt, answer, f"{ANSWER_MARKER} {answer}", "math")

@@ -1,7 +1,8 @@
-"""From texts to trees: documents, conversations and preference pairs, with every loss of tokens counted.
+"""From records to trees: documents, conversations and preference pairs, with every loss of tokens counted.
 
 The ledger is a counter of what happened: `read`, `kept`, `split`, `truncated`, `dropped`, and in tokens
-`tokens_read`, `tokens_lost`, `tokens_supervised`, `tokens_unknown`.
+`tokens_read`, `tokens_lost`, `tokens_supervised`, `tokens_unknown`, `tokens_weighted` (a weight of the user's other
+than 0 and 1). The weights that a record has for itself, its messages or its tokens become the stream `weights`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from polm.data.readers import Message, Preference
-from polm.errors import DataError
-from polm.text.chat import render_chat, render_prompt
+from polm.data.records import Conversation, Document, Preference
+from polm.errors import DataError, UserError
+from polm.text.chat import RenderedChat, render_chat, render_prompt
 from polm.text.tokenizer import unknown_id
 from polm.tokens import Array, Segment, Tree, build_completions, build_document, tree_length
 
@@ -36,19 +37,31 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Array:
 
 
 def build_document_trees(
-    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], *, context: int, too_long: Policy, ledger: Ledger
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str | Document],
+    *,
+    context: int,
+    too_long: Policy,
+    ledger: Ledger,
 ) -> list[Tree]:
-    """A root per document; documents over `context` tokens go by the policy."""
+    """A root per document; documents over `context` tokens go by the policy. A plain string is of weight 1."""
     trees: list[Tree] = []
-    for number, text in enumerate(texts):
-        ids = encode_document(tokenizer, text)
+    for number, given in enumerate(texts):
+        document = Document(given) if isinstance(given, str) else given
+        ids = encode_document(tokenizer, document.text)
+        weights = weigh_document(tokenizer, document, ids, f"document {number}")
         _count_read(tokenizer, ids, ledger)
-        trees.extend(cut_document(ids, context, too_long, f"document {number}", ledger))
+        trees.extend(cut_document(ids, context, too_long, f"document {number}", ledger, weights))
     return finish(trees, ledger)
 
 
-def cut_document(ids: Array, context: int, too_long: Policy, what: str, ledger: Ledger) -> list[Tree]:
-    """One document as roots of at most `context` tokens, by the policy; none when it is dropped."""
+def cut_document(
+    ids: Array, context: int, too_long: Policy, what: str, ledger: Ledger, weights: Array | None = None
+) -> list[Tree]:
+    """One document as roots of at most `context` tokens, by the policy; none when it is dropped.
+
+    `weights` [T] float32 multiply the losses of the tokens (None = 1); a piece whose weights are all 0 is dropped.
+    """
     if len(ids) > context and too_long == "split":
         ledger["split"] += 1
         pieces = [ids[a : a + context] for a in range(0, len(ids), context)]
@@ -57,7 +70,71 @@ def cut_document(ids: Array, context: int, too_long: Policy, what: str, ledger: 
         pieces = [fitted] if fitted is not None else []
     # A piece of one token has nothing to predict.
     ledger["tokens_lost"] += sum(len(p) for p in pieces if len(p) < 2)
-    return [build_document(p) for p in pieces if len(p) >= 2]
+    trees = []
+    for first, piece in zip(range(0, len(ids), context), pieces, strict=False):
+        if len(piece) < 2:
+            continue
+        own = None if weights is None else weights[first : first + len(piece)]
+        if own is not None and not own[1:].any():
+            _drop_unsupervised(piece, ledger)
+            continue
+        tree = build_document(piece)
+        trees.append(tree if own is None else _weigh_tree(tree, own))
+    return trees
+
+
+def weigh_document(tokenizer: PreTrainedTokenizerFast, document: Document, ids: Array, what: str) -> Array:
+    """The weight of each token [T] of an encoded document, float32; the end token counts as much as the document."""
+    weights = np.full(len(ids), document.weight, dtype=np.float32)
+    if document.token_weights is not None:
+        first = 1 if tokenizer.bos_token_id is not None else 0
+        num_text = len(ids) - first - 1
+        if len(document.token_weights) != num_text:
+            raise _mismatch(tokenizer, what, ids[first:-1], len(document.token_weights))
+        weights[first:-1] *= np.array(document.token_weights, dtype=np.float32)
+    return weights
+
+
+def weigh_conversation(tokenizer: PreTrainedTokenizerFast, record: Conversation, rendered: RenderedChat) -> Array:
+    """The weight of each token [T] of a rendered conversation, float32; 0 = not trained on."""
+    weights = np.zeros(len(rendered.token_ids), dtype=np.float32)
+    for index in range(len(record.messages)):
+        places = np.flatnonzero(rendered.message_index == index)
+        weights[places] = record.weight_of(index)
+        given = record.token_weights.get(index)
+        if given is None or not len(places):
+            continue
+        if len(places) - len(given) not in (0, 1):
+            raise _mismatch(tokenizer, f"message {index}", rendered.token_ids[places], len(given))
+        weights[places[: len(given)]] *= np.array(given, dtype=np.float32)
+    return weights
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerFast, record: Conversation, train_on: Literal["all", "last"]
+) -> RenderedChat:
+    """A conversation through the chat template, with its tools where it has some."""
+    tools = {"tools": record.tools} if record.tools else None
+    return render_chat(tokenizer, record.messages, train_on=train_on, template_kwargs=tools)
+
+
+def _mismatch(tokenizer: PreTrainedTokenizerFast, what: str, ids: Array, found: int) -> DataError:
+    tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[:40].tolist())))
+    return DataError(
+        f"{what} has {found} token_weights and {len(ids)} tokens with this tokenizer ({tokens:.200}); give one number "
+        "for each token (that of the end of turn may be left out), made with the tokenizer of the model"
+    )
+
+
+def _weigh_tree(tree: Tree, weights: Array) -> Tree:
+    (root,) = tree
+    return (Segment(root.tokens, streams={"weights": root.streams["weights"] * weights}),)
+
+
+def _drop_unsupervised(ids: Array, ledger: Ledger) -> None:
+    ledger["dropped"] += 1
+    ledger["dropped_unsupervised"] += 1
+    ledger["tokens_lost"] += len(ids)
 
 
 def fit_context(ids: Array, context: int, too_long: Policy, what: str, ledger: Ledger) -> Array | None:
@@ -80,26 +157,28 @@ def fit_context(ids: Array, context: int, too_long: Policy, what: str, ledger: L
 
 def build_conversation_trees(
     tokenizer: PreTrainedTokenizerFast,
-    conversations: Sequence[list[Message]],
+    conversations: Sequence[Conversation],
     *,
     context: int,
     too_long: Policy,
     train_on: Literal["all", "last"],
     ledger: Ledger,
 ) -> list[Tree]:
-    """A root per conversation whose targets are the assistant's tokens."""
+    """A root per conversation whose targets are the assistant's tokens, tool calls among them."""
     trees: list[Tree] = []
     for number, conversation in enumerate(conversations):
-        rendered = render_chat(tokenizer, conversation, train_on=train_on)
+        try:
+            rendered = render_conversation(tokenizer, conversation, train_on)
+            weights = weigh_conversation(tokenizer, conversation, rendered)
+        except UserError as error:
+            raise type(error)(f"conversation {number}: {error}") from error
         _count_read(tokenizer, rendered.token_ids, ledger)
         ids = fit_context(rendered.token_ids, context, too_long, f"conversation {number}", ledger)
         if ids is None:
             continue
-        weights = rendered.assistant_mask[: len(ids)].astype(np.float32)
+        weights = weights[: len(ids)]
         if not weights.any():
-            ledger["dropped"] += 1
-            ledger["dropped_unsupervised"] += 1
-            ledger["tokens_lost"] += len(ids)
+            _drop_unsupervised(ids, ledger)
             continue
         trees.append((Segment(ids, streams={"weights": weights}),))
     return finish(trees, ledger)
@@ -169,6 +248,10 @@ def finish(trees: list[Tree], ledger: Ledger) -> list[Tree]:
         int(np.count_nonzero(segment.streams["weights"])) for tree in trees for segment in tree if segment.streams
     )
     ledger["tokens_masked"] = ledger["tokens_kept"] - ledger["tokens_supervised"]
+    weights = [segment.streams["weights"] for tree in trees for segment in tree if "weights" in segment.streams]
+    num_weighted = sum(int(np.count_nonzero((w != 0) & (w != 1))) for w in weights)
+    if num_weighted:
+        ledger["tokens_weighted"] += num_weighted
     if ledger["tokens_supervised"] == 0:
         raise DataError(
             f"no token is supervised ({ledger['read']} examples read, {ledger['dropped']} dropped); "

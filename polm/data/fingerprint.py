@@ -44,10 +44,16 @@ def fingerprint_path(path: Path) -> str:
 
 
 def fingerprint_trees(trees: Iterable[Tree]) -> str:
-    """sha256 of the token ids and the shape of trees: the data as a model sees it."""
+    """sha256 of the token ids, the shape and the targets of trees: the data as a model sees it.
+
+    Which tokens are targets counts, as scores are computed only there; how much they weigh does not.
+    """
     digest = hashlib.sha256()
     for tree in trees:
         for segment in tree:
             digest.update(np.array([len(segment), segment.parent], dtype=np.int64).tobytes())
             digest.update(np.ascontiguousarray(segment.tokens, dtype=np.int64).tobytes())
+            weights = segment.streams.get("weights")
+            if weights is not None:
+                digest.update(np.packbits(weights != 0).tobytes())
     return digest.hexdigest()

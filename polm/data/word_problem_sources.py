@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polm.data.benchmarks import extract_marked, join_sentences, parse_plain_number
-from polm.data.readers import Row, read_jsonl, require_columns
+from polm.data.files import read_jsonl
+from polm.data.normalise import require_columns
+from polm.data.records import Row
 from polm.errors import DataError
 from polm.text.arithmetic import (
     ArithmeticSyntaxError,
@@ -219,7 +221,7 @@ def _mask(question: str) -> tuple[str, list[float]]:
 
 def _read_asdiv(path: Path, line: int, row: Row) -> Problem:
     """ASDiv: formula such as "7+2=9", answer such as "9 (apples)"; answers that are no number are left out."""
-    require_columns(path, line, row, ["body", "question", "formula", "answer"])
+    require_columns(f"{path}:{line}", row, ["body", "question", "formula", "answer"])
     match = _NUMERIC_ANSWER.fullmatch(str(row["answer"]).strip())
     if match is None:
         raise _Unusable("an answer that is no number")
@@ -232,14 +234,14 @@ def _read_asdiv(path: Path, line: int, row: Row) -> Problem:
 
 def _read_svamp(path: Path, line: int, row: Row) -> Problem:
     """SVAMP: Equation such as "( 290.0 / 2.0 )", Answer as a number."""
-    require_columns(path, line, row, ["Body", "Question", "Equation", "Answer"])
+    require_columns(f"{path}:{line}", row, ["Body", "Question", "Equation", "Answer"])
     question = join_sentences(row["Body"], row["Question"])
     return _build_problem("svamp", question, _parse(str(row["Equation"])), _get_number(path, line, row, "Answer"))
 
 
 def _read_mawps(path: Path, line: int, row: Row) -> Problem:
     """MAWPS: input, target and the collection (type); the equation is searched for, the fewest steps first."""
-    require_columns(path, line, row, ["input", "target"])
+    require_columns(f"{path}:{line}", row, ["input", "target"])
     question, answer = str(row["input"]), _get_number(path, line, row, "target")
     masked, numbers = _mask(question)
     operators, all_steps = MAWPS_SEARCH.get(str(row.get("type")), MAWPS_DEFAULT_SEARCH)
@@ -251,7 +253,7 @@ def _read_mawps(path: Path, line: int, row: Row) -> Problem:
 
 def _read_gsm8k(path: Path, line: int, row: Row) -> Problem:
     """GSM8K: the calculations between << and >> in the worked answer, reduced to one expression."""
-    require_columns(path, line, row, ["question", "answer"])
+    require_columns(f"{path}:{line}", row, ["question", "answer"])
     worked = str(row["answer"])
     answer = parse_plain_number(extract_marked(worked) or "")
     if answer is None:

@@ -30,7 +30,7 @@ from polm.config import Settings, semantic_values
 from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerprint_values, list_files
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
-from polm.recipe import DataStage, FolderData, WordProblemsData
+from polm.recipe import DataStage, FilesData, FolderData, WordProblemsData
 from polm.stages.common import Context, Stage, StageResult
 
 MANIFEST = "manifest.json"
@@ -44,9 +44,23 @@ def compute_key(stage: Stage, settings: Settings, input_keys: Mapping[str, str])
     if isinstance(settings, DataStage) and isinstance(settings.data, FolderData | WordProblemsData):
         path = settings.data.path
         values["data"]["path"] = fingerprint_path(path) if path.exists() else str(path)
+    if isinstance(settings, DataStage) and isinstance(settings.data, FilesData):
+        values["data"] = _fingerprint_paths(values["data"])
     return fingerprint_values(
         {"stage": stage.name, "version": stage.version, "settings": values, "inputs": dict(input_keys)}
     )
+
+
+def _fingerprint_paths(value: Any) -> Any:
+    """The values with every `path` and `benchmarks` that exists replaced by its content's fingerprint."""
+    if isinstance(value, dict):
+        files = {
+            name: fingerprint_path(Path(inner))
+            for name, inner in value.items()
+            if name in ("path", "benchmarks") and isinstance(inner, str) and Path(inner).exists()
+        }
+        return {name: _fingerprint_paths(inner) for name, inner in value.items()} | files
+    return [_fingerprint_paths(inner) for inner in value] if isinstance(value, list) else value
 
 
 def external_key(source: str) -> str:

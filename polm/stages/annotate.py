@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polm.data.examples import Ledger, build_conversation_trees, build_document_trees, build_preference_trees
-from polm.data.readers import read_conversations, read_documents, read_preferences
+from polm.data.readers import read_conversations, read_preferences, read_weighted_documents
 from polm.engine.annotate import annotate_trees
 from polm.engine.device import use_bf16
 from polm.recipe import AnnotateSettings
@@ -49,7 +49,7 @@ def _build_trees(settings: AnnotateSettings, context: Context, model: Base, ledg
     file = input_file(context, "data", f"{settings.data}.jsonl")
     if settings.data == "midtrain":
         return build_document_trees(
-            model.tokenizer, read_documents(file), context=limit, too_long=settings.too_long, ledger=ledger
+            model.tokenizer, read_weighted_documents(file), context=limit, too_long=settings.too_long, ledger=ledger
         )
     if settings.data == "preferences":
         return build_preference_trees(

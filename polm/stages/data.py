@@ -1,4 +1,4 @@
-"""`polm data`: write a data set folder (embedded tasks, word problems from published files, or a check of yours)."""
+"""`polm data`: write a data set folder from embedded tasks, published word problems, your folder or your files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from polm.data.benchmarks import BenchmarkItem, parse_plain_number, read_benchmark_folder
-from polm.data.readers import Prompt, read_conversations, read_documents, read_preferences, read_prompts
+from polm.data.build import build_files_dataset
+from polm.data.readers import (
+    read_conversations,
+    read_feedback,
+    read_preferences,
+    read_prompts,
+    read_stepwise,
+    read_weighted_documents,
+)
+from polm.data.records import Prompt
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
 from polm.errors import DataError
-from polm.recipe import DataStage, DemoData, FolderData, WordProblemsData
+from polm.recipe import DataStage, DemoData, FilesData, FolderData, WordProblemsData
 from polm.rewards.verify import VERIFIERS
 from polm.stages.common import Context, Stage, StageResult
 
 READERS: dict[str, Callable[[Path], Sequence[object]]] = {
-    "pretrain.jsonl": read_documents,
-    "midtrain.jsonl": read_documents,
+    "pretrain.jsonl": read_weighted_documents,
+    "midtrain.jsonl": read_weighted_documents,
     "sft.jsonl": read_conversations,
     "preferences.jsonl": read_preferences,
+    "feedback.jsonl": read_feedback,
+    "stepwise.jsonl": read_stepwise,
     "prompts.jsonl": read_prompts,
 }
 
@@ -37,6 +48,9 @@ def run(settings: DataStage, context: Context) -> StageResult:
             )
         case FolderData() as folder:
             summary = copy_folder(folder.path, context.workdir)
+        case FilesData() as files:
+            summary = build_files_dataset(files, context.workdir)
+            check_questions(context.workdir)
     missing = [name for name in settings.needs if not (context.workdir / name).exists()]
     if missing:
         raise DataError(
@@ -65,6 +79,15 @@ def check_verifiers(path: Path, items: Iterable[Prompt | BenchmarkItem]) -> None
             )
 
 
+def check_questions(folder: Path) -> None:
+    """`check_verifiers` for everything in a data set folder that is answered."""
+    if (folder / "prompts.jsonl").is_file():
+        check_verifiers(folder / "prompts.jsonl", read_prompts(folder / "prompts.jsonl"))
+    if (folder / "benchmarks").is_dir():
+        for name, items in read_benchmark_folder(folder / "benchmarks").items():
+            check_verifiers(folder / "benchmarks" / f"{name}.jsonl", items)
+
+
 def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     """Check a data set folder of the user's line by line, and copy it into the store."""
     if not source.is_dir():
@@ -77,11 +100,9 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     if not files:
         found = ", ".join(sorted(p.name for p in source.iterdir())[:10]) or "nothing"
         raise DataError(f"{source} holds none of {', '.join(READERS)} (found: {found})")
-    if (source / "prompts.jsonl").is_file():
-        check_verifiers(source / "prompts.jsonl", read_prompts(source / "prompts.jsonl"))
+    check_questions(source)
     if (source / "benchmarks").is_dir():
         for name, items in read_benchmark_folder(source / "benchmarks").items():
-            check_verifiers(source / "benchmarks" / f"{name}.jsonl", items)
             files[f"benchmarks/{name}.jsonl"] = {"num_records": len(items)}
         shutil.copytree(source / "benchmarks", out / "benchmarks", dirs_exist_ok=True)
     summary = {"files": files, "ledger": {"records": sum(info["num_records"] for info in files.values())}}
@@ -89,4 +110,11 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-STAGE = Stage("data", "produce", DataStage, run, inputs=(), summary="write a data set folder")
+STAGE = Stage(
+    "data",
+    "produce",
+    DataStage,
+    run,
+    inputs=(),
+    summary="write a data set folder (`polm data inspect FILE` only looks)",
+)

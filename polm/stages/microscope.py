@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from polm.data.benchmarks import read_benchmark_folder
 from polm.data.examples import Ledger, cut_document, encode_document
+from polm.data.files import read_rows
+from polm.data.normalise import require_columns
 from polm.data.packing import epoch_order
-from polm.data.readers import read_rows, require_columns, write_jsonl
+from polm.data.readers import write_jsonl
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.device import use_bf16
 from polm.errors import DataError
@@ -132,7 +134,7 @@ def read_texts(
     total = number = 0
     for index in order if max_tokens is not None else range(len(rows)):
         line, row = rows[index]
-        require_columns(path, line, row, ["text"])
+        require_columns(f"{path}:{line}", row, ["text"])
         ids = encode_document(base.tokenizer, str(row["text"]))
         cut[index] = cut_document(ids, limit, settings.too_long, f"document {index}", ledger)
         firsts[index] = number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polm.data.examples import build_document_trees
-from polm.data.readers import read_documents
+from polm.data.readers import read_weighted_documents
 from polm.errors import UserError
 from polm.objectives.distill import build_distill
 from polm.objectives.ntp import build_ntp
@@ -69,7 +69,7 @@ def run(settings: MidtrainSettings, context: Context) -> StageResult:
     ledger = new_ledger()
     trees = build_document_trees(
         base.tokenizer,
-        read_documents(input_file(context, "data", "midtrain.jsonl")),
+        read_weighted_documents(input_file(context, "data", "midtrain.jsonl")),
         context=min(settings.bin_tokens, base.max_positions),
         too_long=settings.too_long,
         ledger=ledger,

@@ -49,11 +49,15 @@ _OPEN, _CLOSE = "⟦", "⟧"
 
 @dataclass(frozen=True, eq=False)
 class RenderedChat:
-    """A conversation as tokens. token_ids: int64 [T]; assistant_mask: bool [T], True = train on this token."""
+    """A conversation as tokens. token_ids: int64 [T]; assistant_mask: bool [T], True = train on this token.
+
+    message_index: int64 [T], the message whose answer a token to train on belongs to; -1 for all others.
+    """
 
     token_ids: npt.NDArray[np.int64]
     assistant_mask: npt.NDArray[np.bool_]
     text: str
+    message_index: npt.NDArray[np.int64]
 
 
 def render_chat(
@@ -68,6 +72,9 @@ def render_chat(
     messages: {"role": one of ROLES, "content": str, ...}. train_on: every assistant turn, or only the last one.
     template_kwargs: further variables of the template (`enable_thinking`, `tools`, ...).
 
+    An assistant's `tool_calls` are trained on like its text, results of tools are not. A template that leaves a call, a
+    result or the definition of a tool out is refused.
+
     token_ids equal `tokenizer(rendered text, add_special_tokens=False)`. If the conversation ends with the assistant,
     `render_prompt(messages[:-1])` is checked to be a prefix of token_ids: what is trained is what is generated.
 
@@ -78,6 +85,8 @@ def render_chat(
         raise UserError(f"train_on is {train_on!r}; it must be 'all' or 'last'")
     template = _require_template(tokenizer)
     _check_messages(tokenizer, messages)
+    tools = (template_kwargs or {}).get("tools") or ()
+    _check_tools(tokenizer, tools)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise DataError(
@@ -93,11 +102,14 @@ def render_chat(
     else:
         spans = _spans_by_prefix(tokenizer, messages, wanted, text, render)
     ids_T, starts_T, ends_T = _encode(tokenizer, text)
-    mask_T = np.zeros(len(ids_T), dtype=np.bool_)
+    without_tools = _renderer(tokenizer, template, {**(template_kwargs or {}), "tools": None})
+    _require_tools(messages, tools, text, dict(zip(wanted, spans, strict=True)), without_tools)
+    messages_T = np.full(len(ids_T), -1, dtype=np.int64)
     for index, span in zip(wanted, spans, strict=True):
         inside_T = _tokens_inside(text, span, ids_T, starts_T, ends_T, index)
         _require_end_of_turn(tokenizer, ids_T, inside_T, index)
-        mask_T |= inside_T
+        messages_T[inside_T] = index
+    mask_T = messages_T >= 0
     if not mask_T.any():
         raise DataError(
             f"none of the {len(ids_T)} tokens of the conversation is the assistant's, so there is nothing to train on:"
@@ -105,7 +117,7 @@ def render_chat(
         )
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
         _require_prompt_prefix(tokenizer, render, messages, text, ids_T)
-    return RenderedChat(ids_T, mask_T, text)
+    return RenderedChat(ids_T, mask_T, text, messages_T)
 
 
 def render_prompt(
@@ -275,6 +287,16 @@ def _check_messages(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
                 )
 
 
+def _check_tools(tokenizer: PreTrainedTokenizerFast, tools: Sequence[Mapping[str, Any]]) -> None:
+    for index, tool in enumerate(tools):
+        for text in _strings(tool):
+            if found := find_control_tokens(tokenizer, text, role="system"):
+                raise DataError(
+                    f"tool {index} contains {', '.join(map(repr, found))}, which the chat template uses or the "
+                    "tokenizer reads as a control token. Cure: drop the conversation, or rewrite the marker in the text"
+                )
+
+
 def _strings(value: Any) -> list[str]:
     """Every string in a message, at any depth."""
     if isinstance(value, str):
@@ -365,6 +387,32 @@ def _spans_by_prefix(
             end = len(trimmed)
         spans.append((len(before), end))
     return spans
+
+
+def _require_tools(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    text: str,
+    spans: Mapping[int, Span],
+    without_tools: _Render,
+) -> None:
+    """Refuse a template that drops what the data says about tools: most templates do so without a word."""
+    lost = []
+    for index, message in enumerate(messages):
+        start, end = spans.get(index, (0, len(text)))
+        for call in message.get("tool_calls") or ():
+            if str(call["function"]["name"]) not in text[start:end]:
+                lost.append(f"the call of {call['function']['name']!r} in message {index}")
+        if message["role"] == "tool" and message["content"].strip()[-32:] not in text:
+            lost.append(f"the result of a tool in message {index}")
+    if tools and without_tools(messages, False, False)[0] == text:
+        lost += [f"the definition of the tool {tool['function']['name']!r}" for tool in tools]
+    if lost:
+        raise ModelError(
+            f"the chat template leaves out {lost[0]}{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: it does "
+            "not support tools. Cure: a model whose own template has `tools` and `tool_calls`, or leave such "
+            "conversations out"
+        )
 
 
 def _tokens_inside(

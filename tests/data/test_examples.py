@@ -20,7 +20,7 @@ from polm.data.examples import (
     encode_document,
     encode_prompt,
 )
-from polm.data.readers import Preference
+from polm.data.records import Conversation, Preference
 from polm.errors import DataError
 from polm.tokens import Tree, build_completions, build_document
 
@@ -133,9 +133,9 @@ def test_no_document_left_is_an_error(words: PreTrainedTokenizerFast) -> None:
 # ---- conversations -------------------------------------------------------------------------------------------------
 
 
-def talk(*contents: str) -> list[dict[str, str]]:
+def talk(*contents: str) -> Conversation:
     roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return Conversation([{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)])
 
 
 @pytest.mark.parametrize(("train_on", "expected"), [("all", "b <eos> d e <eos>"), ("last", "d e <eos>")])

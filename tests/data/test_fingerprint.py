@@ -70,12 +70,15 @@ def test_trees_are_their_tokens_and_their_shape() -> None:
     document = build_document([1, 2, 3, 4])
     scored = build_document([1, 2, 3, 4], {"ref_logprobs": np.zeros(4, np.float32)})
     assert fingerprint_trees([document]) == fingerprint_trees([scored])  # scores are laid over the same tokens
+    weighed = build_document([1, 2, 3, 4], {"weights": np.array([0, 1, 0.5, 2], np.float32)})
+    assert fingerprint_trees([document]) == fingerprint_trees([weighed])
     others = [
         [build_document([1, 2, 3, 5])],
         [build_document([1, 2]), build_document([3, 4])],
         [build_completions([1, 2], [[3, 4]])],
         [build_completions([1, 2], [[3], [4]])],
         [document, document],
+        [build_document([1, 2, 3, 4], {"weights": np.array([0, 1, 0, 1], np.float32)})],  # other targets
         [],
     ]
     prints = {fingerprint_trees(trees) for trees in [[document], *others]}

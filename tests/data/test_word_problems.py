@@ -283,10 +283,10 @@ def test_dataset_folder(small_data: Path, tmp_path: Path) -> None:
     for item in held_out:
         assert evaluate(item.solution.removeprefix("#### "), item.numbers or ()) == pytest.approx(float(item.answer))
     shown = [*documents, *(prompt.prompt for prompt in prompts)]
-    shown += [message["content"] for messages in conversations for message in messages]
+    shown += [message["content"] for chat in conversations for message in chat.messages]
     shown = [re.sub(r"\bN[0-9]", "N", text) for text in shown]
     assert not any(re.sub(r"\bN[0-9]", "N", item.prompt) in text for item in held_out for text in shown)
-    solved = {messages[0]["content"] for messages in conversations}
+    solved = {chat.messages[0]["content"] for chat in conversations}
     assert not solved & {prompt.prompt for prompt in prompts}
     assert not any(prompt.prompt + " ####" in document for prompt in prompts for document in documents)
     assert any(document.startswith("<|user|> ") and " <|assistant|> #### " in document for document in documents)

@@ -11,9 +11,10 @@ import pytest
 
 from polm.data.readers import read_conversations, read_documents, read_prompts
 from polm.errors import DataError
-from polm.recipe import DataStage, FolderData
+from polm.flywheel.store import compute_key
+from polm.recipe import DataStage, FilesData, FolderData, MixedSource
 from polm.stages.common import Context
-from polm.stages.data import run
+from polm.stages.data import STAGE, run
 
 FILES = ("pretrain.jsonl", "midtrain.jsonl", "sft.jsonl", "prompts.jsonl")
 
@@ -103,3 +104,47 @@ def test_a_folder_that_later_stages_cannot_use_is_refused_at_once(tmp_path: Path
 def _new(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+# ---- files of the user's own ---------------------------------------------------------------------------------------
+
+
+def files(path: Path, **more: Any) -> DataStage:
+    return DataStage(data=FilesData(source="files", sft=(MixedSource(path=str(path)),), **more))
+
+
+def test_files_become_a_folder_that_later_stages_read(tmp_path: Path) -> None:
+    rows = [{"instruction": f"q{i % 3}", "input": "", "output": "a"} for i in range(4)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    result = run(files(tmp_path / "alpaca.json"), Context(_new(tmp_path / "out"), {}))
+    assert dict(result.summary) == {"records/sft.jsonl": 3}
+    assert dict(result.ledger) == {"sft/read": 4, "sft/kept": 3, "sft/duplicates": 1}
+    chats = read_conversations(tmp_path / "out" / "sft.jsonl")
+    assert [chat.messages[0]["content"] for chat in chats] == ["q0", "q1", "q2"]
+    needs = files(tmp_path / "alpaca.json").model_copy(update={"needs": ("midtrain.jsonl",)})
+    with pytest.raises(DataError, match=r"lacks midtrain\.jsonl, which later stages read"):
+        run(needs, Context(_new(tmp_path / "b"), {}))
+
+
+def test_files_with_a_verifier_that_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "q", "answer": "a", "verifier": "oracle"}) + "\n")
+    data = FilesData(source="files", prompts=(MixedSource(path=str(tmp_path / "p.jsonl")),))
+    with pytest.raises(DataError, match="names the verifier 'oracle'"):
+        run(DataStage(data=data), Context(_new(tmp_path / "out"), {}))
+
+
+def test_the_key_follows_the_content_of_files_and_not_their_place(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    key = compute_key(STAGE, files(tmp_path / "a.jsonl"), {})
+    assert compute_key(STAGE, files(tmp_path / "b.jsonl"), {}) == key
+    assert compute_key(STAGE, files(tmp_path / "a.jsonl", seed=1), {}) != key
+    marks = _new(tmp_path / "marks")
+    (marks / "x.jsonl").write_text("{}")
+    with_marks = compute_key(STAGE, files(tmp_path / "a.jsonl", benchmarks=marks), {})
+    (marks / "x.jsonl").write_text("{ }")
+    assert len({key, with_marks, compute_key(STAGE, files(tmp_path / "a.jsonl", benchmarks=marks), {})}) == 3
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "b"}\n')
+    assert compute_key(STAGE, files(tmp_path / "a.jsonl"), {}) != key
+    gone = compute_key(STAGE, files(tmp_path / "gone.jsonl"), {})
+    assert gone != compute_key(STAGE, files(tmp_path / "lost.jsonl"), {})

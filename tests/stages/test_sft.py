@@ -26,7 +26,7 @@ def test_the_ledger_against_the_texts(artifact: Any, read_manifest: Any) -> None
     """Recounted with the bare tokenizer: role marker, question, role marker, answer, end."""
     tokenizer = load_tokenizer(artifact("sft") / "model")
     count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-    chats = read_conversations(artifact("data") / "sft.jsonl")
+    chats = [c.messages for c in read_conversations(artifact("data") / "sft.jsonl")]
     answers = sum(count(chat[1]["content"]) + 1 for chat in chats)
     questions = sum(count(chat[0]["content"]) + 2 for chat in chats)
     ledger = read_manifest(artifact("sft"))["ledger"]
@@ -38,7 +38,7 @@ def test_the_ledger_against_the_texts(artifact: Any, read_manifest: Any) -> None
 
 def test_the_answer_is_marked(artifact: Any) -> None:
     text = (artifact("sft") / "example.txt").read_text().strip()
-    first = read_conversations(artifact("data") / "sft.jsonl")[0]
+    first = read_conversations(artifact("data") / "sft.jsonl")[0].messages
     before, marked = text.rstrip("⟧").split("⟦")
     assert marked.replace(" ", "") == (first[1]["content"] + "<|eos|>").replace(" ", "")
     assert before.replace(" ", "") == f"<|user|>{first[0]['content']}<|assistant|>".replace(" ", "")
@@ -58,6 +58,34 @@ def test_a_file_in_place_of_the_folder(artifact: Any, tmp_path: Path) -> None:
     inputs = {"base": str(artifact("midtrain")), "data": data}
     manifest = artifact.run("sft", SFTSettings(bin_tokens=64, updates=1), inputs, tmp_path / "out")
     assert manifest["ledger"]["read"] == 2
+
+
+def test_weights_of_the_data_are_honoured(artifact: Any, tmp_path: Path, read_rows: Any) -> None:
+    """The same two chats, once with the second at weight 0: what is logged is the first one's loss alone."""
+
+    def train(name: str, *rows: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        inputs = {"base": str(artifact("midtrain")), "data": write(tmp_path / f"{name}.jsonl", list(rows))}
+        settings = SFTSettings(bin_tokens=64, updates=1, precision="fp32")
+        manifest = artifact.run("sft", settings, inputs, tmp_path / name)
+        return manifest["ledger"], read_rows(tmp_path / name / "metrics.jsonl")[0]["loss"]
+
+    first, second = chat("add 1 and 2 .", "#### 3"), chat("add 2 and 2 .", "#### 4")
+    answers = [first["messages"], second["messages"]]
+    ignored = {"messages": [*answers[0], answers[1][0], {**answers[1][1], "weight": 0}]}
+    halved = {"messages": [{**m, "weight": 0.5} if m["role"] == "assistant" else m for m in answers[0]]}
+    ledger, loss = train("whole", first)
+    both = train("both", {"messages": [*answers[0], *answers[1]]})
+    none = train("none", ignored)
+    half = train("half", halved, second)
+    assert none[0]["tokens_supervised"] == ledger["tokens_supervised"] == 3
+    assert none[1] == pytest.approx(loss, rel=1e-5)
+    assert both[0]["tokens_supervised"] == 6
+    assert abs(both[1] - loss) > 1e-3
+    assert half[0]["tokens_weighted"] == 3
+    alone = train("alone", second)[1]
+    assert half[1] == pytest.approx((0.5 * loss + alone) / 1.5, rel=1e-5)
+    example = (tmp_path / "none" / "example.txt").read_text()
+    assert example.endswith("⟧<|user|> add 2 and 2 . <|assistant|> #### 4 <|eos|>\n")
 
 
 @pytest.mark.parametrize(
