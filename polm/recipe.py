@@ -86,7 +86,7 @@ class FilesData(Settings):
     benchmarks: Path | None = Field(None, description="folder of NAME.jsonl, copied; no record may hold its questions")
     decontaminate: dict[str, FileSource] = Field(
         default_factory=dict,
-        description="name: file of further questions that no record may hold; format: published = a benchmark's own layout",
+        description="name: file of further questions; format: published = a benchmark's own layout",
     )
     ngram: Annotated[int, Field(ge=2)] = Field(13, description="words in a row that make a record contaminated")
     deduplicate: bool = Field(True, description="drop records of the same text as an earlier one of the role")

@@ -161,7 +161,7 @@ def evidence(
 
 @app.command("inspect")
 def inspect_file(
-    file: Annotated[str, typer.Argument(help="a data file, a folder of them, or hub:OWNER/NAME")],
+    file: Annotated[str, typer.Argument(help="a data file, a folder of them, a data set folder, or hub:OWNER/NAME")],
     tokenizer: Annotated[str | None, typer.Option(help="folder of a model or tokenizer: count in its tokens")] = None,
     context: Annotated[int, typer.Option(min=0, help="tokens; says what would be cut off. 0 = nothing")] = 0,
     format: Annotated[str | None, typer.Option(help="name of the format; default: told from the rows")] = None,
@@ -170,7 +170,7 @@ def inspect_file(
     example: Annotated[int, typer.Option(min=1, help="the row to show")] = 1,
 ) -> None:
     """Show what a data file holds (also `polm data inspect`): format, counts, lengths, an example as trained on."""
-    from polm.apps.inspect import parse_columns, print_inspection
+    from polm.apps.inspect import list_sources, parse_columns, print_inspection
     from polm.data.inspection import inspect_source
     from polm.models.loading import load_tokenizer
     from polm.stages.pretrain import model_folder_of_tokenizer
@@ -182,8 +182,11 @@ def inspect_file(
             raise UserError("--template needs --tokenizer PATH, whose template it sets")
         apply_template(loaded, template)
     columns = parse_columns(column or [])
-    found = inspect_source(file, tokenizer=loaded, context=context, format=format, columns=columns, example=example)
-    print_inspection(console, found)
+    for source in list_sources(file):
+        found = inspect_source(
+            source, tokenizer=loaded, context=context, format=format, columns=columns, example=example
+        )
+        print_inspection(console, found)
 
 
 @runs_app.command("ls")

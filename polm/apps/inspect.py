@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from polm.data.build import ROLES
 from polm.data.inspection import Inspection, Piece, compute_histogram
 from polm.errors import UserError
 from polm.report.escape import clean_text, shorten
@@ -27,6 +29,12 @@ def parse_columns(words: Sequence[str]) -> dict[str, str]:
     if wrong is not None:
         raise UserError(f"--column {wrong!r} is not of the form ours=theirs, for example --column prompt=question")
     return {ours: theirs for ours, _, theirs in pairs}
+
+
+def list_sources(file: str) -> list[str]:
+    """What is inspected: the files of a data set folder one by one, anything else as one."""
+    parts = [str(Path(file) / name) for name, _ in ROLES.values() if (Path(file) / name).is_file()]
+    return parts or [file]
 
 
 def print_inspection(console: Console, found: Inspection) -> None:

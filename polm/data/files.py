@@ -13,7 +13,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,6 +90,11 @@ def name_type(value: object) -> str:
     """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
     return "null" if value is None else names.get(type(value), "a number" if isinstance(value, float) else "a value")
+
+
+def join_names(names: Iterable[object]) -> str:
+    """Names of columns for a message; what a terminal would obey is shown as an escape."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in map(str, names))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -308,7 +313,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
                 continue
             if len(cells) != len(header):
                 raise DataError(
-                    f"{path}:{begin}: {len(cells)} cells, and the header has {len(header)} ({', '.join(header)}); "
+                    f"{path}:{begin}: {len(cells)} cells, and the header has {len(header)} ({join_names(header)}); "
                     "a comma, a quote or a line break inside a cell needs double quotes around the cell"
                 )
             num_rows += 1

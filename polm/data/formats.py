@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from polm.data.files import iterate_source, name_type
+from polm.data.files import iterate_source, join_names, name_type
 from polm.data.messages import FIELDS, WEIGHT_FIELDS
 from polm.data.normalise import (
     build_alpaca,
@@ -199,7 +199,7 @@ def detect_format(rows: Iterable[tuple[str, Row]]) -> Detection:
             "holds for all rows with format: NAME"
         )
     (name,) = votes
-    columns = ", ".join(f"{key} ({name_type(value)})" for key, value in probed[0][1].items())
+    columns = join_names(f"{key} ({name_type(value)})" for key, value in probed[0][1].items())
     return Detection(FORMATS[name], f"each of the first {len(probed)} rows has {', '.join(_seen(name))}; {columns}")
 
 
@@ -230,11 +230,12 @@ def build_records(format: Format, rows: Rows, ledger: Counter[str]) -> Iterator[
     fields = FIELDS | WEIGHT_FIELDS if format.kind is Conversation else FIELDS
     for place, row in rows:
         yield format.build(place, row)
-        for name in row.keys() - format.columns:
-            ledger[f"columns_ignored/{name}"] += 1
+        ignored = {name for name, value in row.items() if value is not None} - format.columns
+        ledger.update(f"columns_ignored/{name}" for name in ignored)
         for name in MESSAGE_COLUMNS & row.keys() & format.columns:
             messages = row[name] if isinstance(row[name], list) else ()
-            found = {field for message in messages if isinstance(message, dict) for field in message}
+            pairs = [pair for message in messages if isinstance(message, dict) for pair in message.items()]
+            found = {field for field, value in pairs if value is not None}
             ledger.update(f"columns_ignored/{name}[].{field}" for field in found - fields)
 
 
@@ -253,6 +254,6 @@ def _describe_unknown(place: str, row: Row) -> DataError:
     hint = f" (here perhaps columns: {{{', '.join(hints[:3])}}})" if hints else ""
     known = "; ".join(f"{format.name}: {format.example}" for format in _ALL)
     return DataError(
-        f"{place}: the columns {', '.join(row) or '(none)'} fit no known format. Cure: map your columns to ours with "
+        f"{place}: the columns {join_names(row) or '(none)'} fit no known format. Cure: map your columns to ours with "
         f"columns: {{ours: theirs}}{hint}. Known formats: {known}"
     )

@@ -41,7 +41,7 @@ def read_hub(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in datasets.load_dataset(name, config, split=split, streaming=True):
             number += 1
             yield number, {key: value for key, value in row.items() if value is not None}
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: cannot be read (after row {number}): {error}. Check the name, the config and the split; "
             "without a network, download the files and give their path"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polm.data.files import name_type, parse_json
+from polm.data.files import join_names, name_type, parse_json
 from polm.data.records import Message, Row
 from polm.errors import DataError
 
@@ -44,7 +44,7 @@ def build_message(place: str, message: object, where: str) -> Message:
     elif isinstance(message, dict) and "role" in message and not FIELDS.isdisjoint(message.keys() - {"role", "name"}):
         given, content, roles = message["role"], message.get("content"), OPENAI_ROLES
     else:
-        found = ", ".join(map(str, message)) if isinstance(message, dict) else name_type(message)
+        found = join_names(message) if isinstance(message, dict) else name_type(message)
         raise DataError(
             f"{place}: {where} needs role and content (or from and value), found {found}. Other names can be given: "
             "columns: {role: ..., content: ...}"

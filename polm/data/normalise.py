@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polm.data.files import name_type, parse_json
+from polm.data.files import join_names, name_type, parse_json
 from polm.data.messages import build_message, build_messages, build_tools, read_media, split_transcript
 from polm.data.records import Conversation, Document, Feedback, Message, Preference, Prompt, Row, Stepwise
 from polm.errors import DataError
@@ -32,7 +32,7 @@ def require_columns(place: str, row: Mapping[str, Any], columns: Sequence[str], 
     missing = [column for column in columns if column not in row]
     if not missing:
         return
-    found = ", ".join(row) or "no columns"
+    found = join_names(row) or "no columns"
     cure = f" Formats for this use: {formats}." if formats else ""
     raise DataError(f"{place}: no column {', '.join(missing)}; found {found}.{cure}")
 
@@ -338,7 +338,7 @@ def rename_columns(place: str, row: Row, columns: Mapping[str, str]) -> Row:
     out = {name: value for name, value in row.items() if name not in top.values() and name not in top}
     for ours, theirs in top.items():
         if theirs not in row:
-            found = ", ".join(row)
+            found = join_names(row)
             raise DataError(f"{place}: columns says {ours}: {theirs}, and there is no column {theirs}; found {found}")
         out[ours] = row[theirs]
     inner = {columns[ours]: ours for ours in ("role", "content") if ours in columns}

@@ -103,6 +103,13 @@ def test_text_of_the_file_is_shown_and_not_obeyed(inspect: Any, tmp_path: Path) 
     assert "⟨U+001B⟩[2J[/] (1 rows)" in out
 
 
+def test_a_data_set_folder_is_shown_file_by_file(inspect: Any, artifact: Any) -> None:
+    code, out, err = inspect(str(artifact("data")))
+    assert (code, err) == (0, "")
+    shown = [line.split("/")[-1].strip() for line in out.splitlines() if line.startswith("file ")]
+    assert shown == ["pretrain.jsonl", "midtrain.jsonl", "sft.jsonl", "prompts.jsonl"]
+
+
 def test_marks() -> None:
     pieces = [Piece("q ", 0.0, 2), Piece("a", 1.0), Piece("b", 0.5), Piece("c", 0.0), Piece("d", 2.0)]
     text = mark_pieces(pieces)

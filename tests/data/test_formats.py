@@ -349,6 +349,14 @@ def test_an_unknown_layout_names_the_columns_the_cure_and_every_format(tmp_path:
     assert all(f"{name}: {format.example}" in message for name, format in FORMATS.items())
 
 
+def test_names_of_columns_do_not_reach_the_terminal_as_they_are(tmp_path: Path) -> None:
+    for row in ({"\x1b[2J": 1}, {"messages": [{"\x1b[2J": 1}]}, {"prompt": "q", "completion": "a", "\x1b[2J": 1}):
+        with pytest.raises(DataError) as caught:
+            read(write(tmp_path / "a.jsonl", row), columns={"chosen": "x"} if "prompt" in row else {})
+        assert "\x1b" not in str(caught.value)
+        assert "'\\x1b[2J'" in str(caught.value)
+
+
 def test_a_mixed_file_is_refused_with_the_first_of_each(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"}, {"prompt": "q", "completion": "a"})
     with pytest.raises(DataError, match=r"the first 3 rows have 2 formats: text \(2 rows, first .*a\.jsonl:1\), compl"):
