@@ -122,7 +122,7 @@ def read_conversations(path: Path) -> list[list[Message]]:
         DataError: an unknown layout, an unknown role, contents that are not text, columns that a text-only model
             would lose (images, tools), or a conversation in which the assistant says nothing.
     """
-    return [_build_conversation(path, line, row) for line, row in read_rows(path)]
+    return [build_conversation(path, line, row) for line, row in read_rows(path)]
 
 
 def read_preferences(path: Path) -> list[Preference]:
@@ -306,7 +306,8 @@ def _refuse_unsupported(path: Path, line: int, row: Mapping[str, Any]) -> None:
             raise DataError(f"{path}:{line}: column {column} is not supported: only text is read. Remove such rows.")
 
 
-def _build_conversation(path: Path, line: int, row: Row) -> list[Message]:
+def build_conversation(path: Path, line: int, row: Row) -> list[Message]:
+    """One row as messages, in any of CONVERSATION_FORMATS; errors as `read_conversations` has them."""
     _refuse_unsupported(path, line, row)
     if "messages" in row:
         messages = _build_messages(path, line, row["messages"], "messages")
