@@ -191,25 +191,16 @@ def encode_answers(
 ) -> tuple[Array, list[Array]]:
     """Token ids of the prompt, and of each answer behind it.
 
-    Raises DataError where the chat template writes the prompt in another way once an answer follows, or nothing for
-    an answer.
+    Raises as `render_chat` does, with `what` in front: where the template writes nothing for an answer, or does not
+    begin the conversation with the prompt.
     """
-    prompt = render_prompt(tokenizer, messages)
-    out = []
-    for text in answers:
-        ids = render_chat(tokenizer, [*messages, {"role": "assistant", "content": text}], train_on="last").token_ids
-        if not np.array_equal(ids[: len(prompt)], prompt):
-            raise DataError(
-                f"{what}: the chat template writes the prompt in another way once an answer follows, so the answer "
-                "cannot be told from it; use a template whose conversation begins with its prompt"
-            )
-        if len(ids) == len(prompt):
-            raise DataError(
-                f"{what}: the answer {text!r:.40} is empty after the chat template: no token is left to learn from; "
-                "remove it from the data, or use a template that ends a turn with a token"
-            )
-        out.append(ids[len(prompt) :])
-    return prompt, out
+    try:
+        prompt = render_prompt(tokenizer, messages)
+        whole = [[*messages, {"role": "assistant", "content": text}] for text in answers]
+        rendered = [render_chat(tokenizer, conversation, train_on="last") for conversation in whole]
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
+    return prompt, [conversation.token_ids[len(prompt) :] for conversation in rendered]
 
 
 def fit_answers(
