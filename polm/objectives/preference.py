@@ -228,8 +228,8 @@ def compute_bco(score_A: Tensor, sign_A: Tensor, knobs: Knobs) -> Tensor:
 def compute_mean_anchor(score_A: Tensor, sign_A: Tensor, score_M: Tensor) -> Tensor:
     """BCO's shift delta / beta: half the mean score of desirable plus half that of undesirable answers of the batch.
 
-    The paper's running mean over batches would be state beside the weights, and a killed run could not repeat it; a
-    batch with one label only has the mean of that one.
+    A running mean over batches would be state beside the weights, and a killed run could not repeat it. A batch with
+    one label only has the mean of that one.
     """
     del score_M
     sides = [score_A[sign_A == sign] for sign in (1.0, -1.0)]

@@ -69,7 +69,7 @@ def _check_reference(settings: DPOSettings, context: Context, *, needed: bool) -
     if given is not None and not needed:
         raise RecipeError(f"dpo: loss: {settings.loss} reads no reference; leave out reference={given}")
     is_scores = given is not None and (Path(given) / "scores.safetensors").is_file()
-    if is_scores and settings.loss in ANSWER_LOSSES:
+    if is_scores and settings.loss in ANSWER_LOSSES and ANSWER_LOSSES[settings.loss].mismatched:
         raise RecipeError(
             f"dpo: reference={given} holds scores of preference pairs; loss: {settings.loss} needs those of other "
             "answers too: give the reference model itself, which is then scored once here"

@@ -96,6 +96,17 @@ def test_there_is_a_recipe_for_each_loss() -> None:
     assert losses == set(PREFERENCE_KNOBS) == {*PAIR_LOSSES, *ANSWER_LOSSES}
 
 
+def test_the_table_of_methods_is_whole() -> None:
+    """docs/methods.md names each recipe of a loss in its own column, and each function that computes one."""
+    text = (recipe_folder().parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    files = {
+        name.strip(" `") for line in text.splitlines() if line.count("|") == 8 for name in line.split("|")[6].split(",")
+    }
+    assert set(SHIPPED) <= files
+    functions = [spec.compute.__name__ for spec in (*PAIR_LOSSES.values(), *ANSWER_LOSSES.values())]
+    assert all(f"`{name}`" in text for name in functions)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_run(name: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
     """Two updates on the tiny model, with the file's own loss and knobs; the reference is scored where it is read."""
