@@ -143,7 +143,9 @@ def compute_sppo(chosen_P: Tensor, rejected_P: Tensor, knobs: Knobs) -> Tensor:
 def compute_discopop(chosen_P: Tensor, rejected_P: Tensor, knobs: Knobs) -> Tensor:
     """DiscoPOP (arXiv 2406.08414, equation 5): a blend of the logistic and the exponential loss of m = beta (c - r).
 
-    -(1 - w) log sigmoid(m) + w exp(-m), w = sigmoid(m / discopop_temperature)
+    -(1 - w) log sigmoid(m) + w exp(-m), w = sigmoid(m / discopop_temperature). Its slope at m = 0, where training
+    starts, is (1 - ln 2) / (4 discopop_temperature) - 3/4: positive for temperatures below 0.102, as for the paper's
+    0.05, so that margins first fall.
     """
     margin_P = knobs.beta * (chosen_P - rejected_P)
     blend_P = torch.sigmoid(margin_P / knobs.discopop_temperature)
@@ -282,7 +284,6 @@ def _build_pairs(spec: PairLoss, knobs: Knobs) -> Objective:
         logprobs_N = scores.logprobs_N.float()
         logprobs_S = compute_segment_sum(weights_N * logprobs_N, segments_N, num_segments)
         sizes_S = compute_segment_sum(weights_N, segments_N, num_segments)
-        sizes_S = torch.where(sizes_S == 0, 1.0, sizes_S)  # of segments without targets; they are in no pair
         score_S = logprobs_S
         if knobs.ld_alpha is not None:
             weights_N = weights_N * compute_tail_weights(batch, chosen_P, rejected_P, knobs.ld_alpha)
@@ -290,15 +291,16 @@ def _build_pairs(spec: PairLoss, knobs: Knobs) -> Objective:
         if spec.reference:
             reference_N = batch.at_targets("ref_logprobs").float()
             score_S = score_S - compute_segment_sum(weights_N * reference_N, segments_N, num_segments)
+        better_P, worse_P = score_S[chosen_P], score_S[rejected_P]
         if knobs.per_token or spec.per_token:
-            score_S = score_S / sizes_S
-        loss_P = spec.compute(score_S[chosen_P], score_S[rejected_P], knobs)
-        reward_S = scale * score_S.detach()
+            better_P, worse_P = better_P / sizes_S[chosen_P], worse_P / sizes_S[rejected_P]
+        loss_P = spec.compute(better_P, worse_P, knobs)
+        rewards = scale * better_P.detach(), scale * worse_P.detach()
         count = len(loss_P)
         metrics = {
-            "dpo/accuracy": Metric((reward_S[chosen_P] - reward_S[rejected_P] > 0).float().sum(), count),
-            "dpo/margin": Metric((reward_S[chosen_P] - reward_S[rejected_P]).sum(), count),
-            **_side_metrics(logprobs_S.detach(), reward_S, chosen_P, rejected_P),
+            "dpo/accuracy": Metric((rewards[0] - rewards[1] > 0).float().sum(), count),
+            "dpo/margin": Metric((rewards[0] - rewards[1]).sum(), count),
+            **_side_metrics(logprobs_S[chosen_P], logprobs_S[rejected_P], *rewards),
         }
         if knobs.wpo:
             weight_P = compute_pair_weights(scores, batch, chosen_P, rejected_P)
@@ -328,25 +330,29 @@ def _build_answers(spec: AnswerLoss, knobs: Knobs) -> Objective:
         anchor = spec.anchor(score_A.detach(), sign_A, score_S[mismatched_M].detach())
         loss_A = spec.compute(score_A - anchor, sign_A, knobs)
         count = len(loss_A)
+        good, bad = sign_A > 0, sign_A < 0
+        logprobs_A, rewards_A = logprobs_S[answers_A], knobs.beta * score_A.detach()
         metrics = {
             "dpo/accuracy": Metric((sign_A * (score_A.detach() - anchor) > 0).float().sum(), count),
             "dpo/anchor": Metric(anchor * count, count),
-            **_side_metrics(
-                logprobs_S.detach(), knobs.beta * score_S.detach(), answers_A[sign_A > 0], answers_A[sign_A < 0]
-            ),
+            **_side_metrics(logprobs_A[good], logprobs_A[bad], rewards_A[good], rewards_A[bad]),
         }
         return Loss(loss_A.sum(), loss_A.new_tensor(float(count)), metrics)
 
     return Objective(name="dpo", compute=compute, reads=("weights", "ref_logprobs"))
 
 
-def _side_metrics(logprobs_S: Tensor, reward_S: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
-    return {
-        "dpo/chosen_logprob": Metric(logprobs_S[chosen].sum(), len(chosen)),
-        "dpo/rejected_logprob": Metric(logprobs_S[rejected].sum(), len(rejected)),
-        "dpo/chosen_reward": Metric(reward_S[chosen].sum(), len(chosen)),
-        "dpo/rejected_reward": Metric(reward_S[rejected].sum(), len(rejected)),
+def _side_metrics(
+    chosen: Tensor, rejected: Tensor, chosen_reward: Tensor, rejected_reward: Tensor
+) -> dict[str, Metric]:
+    """Means over each side of the log-probabilities of whole answers, and of their rewards."""
+    sides = {
+        "chosen_logprob": chosen,
+        "rejected_logprob": rejected,
+        "chosen_reward": chosen_reward,
+        "rejected_reward": rejected_reward,
     }
+    return {f"dpo/{name}": Metric(values.detach().sum(), len(values)) for name, values in sides.items()}
 
 
 def compute_tail_weights(batch: TokenBatch, chosen_P: Tensor, rejected_P: Tensor, alpha: float) -> Tensor:

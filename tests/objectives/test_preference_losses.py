@@ -44,11 +44,11 @@ def build_tree(signs: Sequence[float], references: Sequence[Sequence[float]], *,
 
 
 # Pair 1: chosen of 2 tokens, sum -2, reference -3.25; rejected of 1 token, -2 against -1.5.
-# Pair 2: rejected first, of 1 token, -0.5 against -1; chosen of 3 tokens, sum -5, reference -4.
-PAIRS = [build_tree([1, -1], [[-1.0, -2.25], [-1.5]]), build_tree([-1, 1], [[-1.0], [-3.0, -0.5, -0.5]])]
+# Pair 2: rejected first, of 1 token, -0.5 against -1.125; chosen of 3 tokens, sum -5, reference -4.
+PAIRS = [build_tree([1, -1], [[-1.0, -2.25], [-1.5]]), build_tree([-1, 1], [[-1.125], [-3.0, -0.5, -0.5]])]
 LOGPROBS = [-0.5, -1.5, -2.0, -0.5, -3.0, -1.25, -0.75]
 # (policy, reference, tokens) of chosen and rejected
-BY_HAND = [((-2.0, -3.25, 2), (-2.0, -1.5, 1)), ((-5.0, -4.0, 3), (-0.5, -1.0, 1))]
+BY_HAND = [((-2.0, -3.25, 2), (-2.0, -1.5, 1)), ((-5.0, -4.0, 3), (-0.5, -1.125, 1))]
 COLLISIONS = [-0.25, -0.75, -1.0, -0.125, -2.0, -1.0, -0.5]
 
 
@@ -165,7 +165,7 @@ def test_ld_dpo_by_hand() -> None:
     knobs = replace(PLAIN, ld_alpha=0.25)
     result = run_pairs("sigmoid", knobs, torch.tensor(LOGPROBS))
     first = (-0.5 + 1.0) + 0.25 * (-1.5 + 2.25) - (-2.0 + 1.5)
-    second = (-3.0 + 3.0) + 0.25 * (-1.25 + 0.5 - 0.75 + 0.5) - (-0.5 + 1.0)
+    second = (-3.0 + 3.0) + 0.25 * (-1.25 + 0.5 - 0.75 + 0.5) - (-0.5 + 1.125)
     assert result.total.item() == pytest.approx(softplus(-0.7 * first) + softplus(-0.7 * second), rel=1e-6)
     check_gradient(lambda logprobs_N: run_pairs("sigmoid", knobs, logprobs_N).total, LOGPROBS)
 
@@ -372,6 +372,17 @@ def test_a_knob_that_a_loss_does_not_read_is_refused(loss: str) -> None:
     for name in set(OTHER_VALUES) - set(PREFERENCE_KNOBS[loss]):
         with pytest.raises(ValueError, match=rf"{name} is .*, and loss: {loss} does not read it"):
             DPOSettings(**{"loss": loss, name: OTHER_VALUES[name]})
+
+
+def test_a_knob_that_is_given_goes_over_the_default_of_the_loss() -> None:
+    """And null is the same as nothing, so that a resolved recipe can be read back."""
+    assert DPOSettings().beta == 0.1
+    assert DPOSettings(beta=0.2).beta == 0.2
+    assert (DPOSettings(loss="simpo", gamma=0.0).gamma, DPOSettings(loss="simpo", gamma=None).gamma) == (0.0, 1.0)
+    for loss, knobs in PREFERENCE_KNOBS.items():
+        settings = DPOSettings(loss=loss)  # type: ignore[arg-type]
+        assert {name: getattr(settings, name) for name in knobs} == knobs
+        assert DPOSettings(**settings.model_dump()) == settings
 
 
 def test_unknown_names_and_numbers_out_of_range() -> None:

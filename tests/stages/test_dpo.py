@@ -132,6 +132,37 @@ def test_shipped_recipes_run(name: str, artifact: Any, read_rows: Any, tmp_path:
     assert ledger["tokens_kept"] == ledger["tokens_supervised"] + ledger["tokens_masked"]
 
 
+def train_on_all_pairs(artifact: Any, folder: Path, **changes: Any) -> None:
+    """Every update sees all of the pairs."""
+    num_bins = 3 if changes["loss"] == "kto" else 2  # its answers to other prompts take room too
+    settings = DPOSettings(**{**SMALL, "updates": 12, "bins_per_update": num_bins, **changes})
+    assert artifact.run("dpo", settings, artifact.inputs("dpo"), folder)["ledger"]["bins"] == num_bins
+
+
+@pytest.mark.parametrize("loss", sorted(set(PREFERENCE_KNOBS) - {"discopop"}))
+def test_every_loss_learns(loss: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """On the pairs that it is trained on the loss falls, and chosen answers come out ahead."""
+    train_on_all_pairs(artifact, tmp_path / "out", loss=loss, optimizer={"learning_rate": 0.003})
+    lines = read_rows(tmp_path / "out" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    gaps = [line["dpo/chosen_reward"] - line["dpo/rejected_reward"] for line in lines]
+    assert gaps[-1] > gaps[0]
+    assert lines[-1]["dpo/accuracy"] >= 0.7
+
+
+@pytest.mark.parametrize(("temperature", "sign"), [(0.05, -1.0), (0.2, 1.0)])
+def test_discopop_goes_the_way_of_its_slope(
+    artifact: Any, read_rows: Any, tmp_path: Path, temperature: float, sign: float
+) -> None:
+    """At equal scores its loss rises with the margin for temperatures below 0.102, as for the paper's 0.05: small
+    steps then lead to a minimum on the wrong side."""
+    changes = {"discopop_temperature": temperature, "optimizer": {"learning_rate": 0.0003}}
+    train_on_all_pairs(artifact, tmp_path / "out", loss="discopop", **changes)
+    lines = read_rows(tmp_path / "out" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert sign * lines[-1]["dpo/margin"] > 0.05
+
+
 @pytest.mark.parametrize("loss", sorted(ANSWER_LOSSES))
 def test_judged_answers(loss: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
     """Desirable answers become likelier, undesirable ones less so."""
