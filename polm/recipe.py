@@ -20,6 +20,7 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
 NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
 
 
@@ -237,9 +238,92 @@ class SFTSettings(PackedSettings):
     chat_template: str | None = Field(None, description="set this template of ours; needed where the base has none")
 
 
+# What each preference loss reads beside the scores, with its default; docs/methods.md has the formulas and papers.
+_PAIRS: dict[str, Any] = {"nll_weight": 0.0, "wpo": False}
+_REFERENCE: dict[str, Any] = {**_PAIRS, "beta": 0.1, "per_token": False, "ld_alpha": None}
+PREFERENCE_KNOBS: dict[str, dict[str, Any]] = {
+    "sigmoid": {**_REFERENCE, "label_smoothing": 0.0},
+    "robust": {**_REFERENCE, "label_smoothing": 0.1},
+    "ipo": _REFERENCE,
+    "hinge": _REFERENCE,
+    "exo": {**_REFERENCE, "label_smoothing": 0.001},
+    "nca": {**_REFERENCE, "beta": 0.01},
+    "apo_zero": _REFERENCE,
+    "apo_down": _REFERENCE,
+    "sppo": {**_REFERENCE, "beta": 0.001},
+    "discopop": {**_REFERENCE, "beta": 0.05, "discopop_temperature": 0.05},
+    "slic": {**_PAIRS, "beta": 1.0, "nll_weight": 1.0},
+    "cpo": {**_PAIRS, "beta": 0.1, "label_smoothing": 0.0, "nll_weight": 1.0},
+    "simpo": {**_PAIRS, "beta": 2.0, "label_smoothing": 0.0, "gamma": 1.0},
+    "orpo": {"orpo_lambda": 0.1},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "bco": {"beta": 0.1},
+}
+
+
 class DPOSettings(PackedSettings):
-    beta: Positive = 0.1
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Preference optimisation. A knob that is left out has the default of the loss (PREFERENCE_KNOBS); one that the
+    loss does not read is refused."""
+
+    loss: Literal[
+        "sigmoid",
+        "robust",
+        "ipo",
+        "hinge",
+        "exo",
+        "nca",
+        "apo_zero",
+        "apo_down",
+        "sppo",
+        "discopop",
+        "slic",
+        "cpo",
+        "simpo",
+        "orpo",
+        "kto",
+        "bco",
+    ] = Field("sigmoid", description="slic, cpo, simpo, orpo read no reference; kto, bco take single judged answers")
+    beta: Positive | None = Field(None, description="scale of the scores; with a reference, the pull towards it")
+    label_smoothing: Smoothing | None = Field(
+        None, description="share of pairs held to be labelled the wrong way round"
+    )
+    per_token: bool | None = Field(None, description="scores are means over the answer's tokens, not sums")
+    ld_alpha: Share | None = Field(
+        None, description="weight of the tokens past the length of the shorter answer (LD-DPO); default: 1, plain sums"
+    )
+    wpo: bool | None = Field(None, description="weight each pair by how likely the policy is to write it (WPO)")
+    nll_weight: NotNegative | None = Field(None, description="weight of the chosen answer's negative log-likelihood")
+    gamma: NotNegative | None = Field(None, description="simpo: margin that the scaled difference must exceed")
+    discopop_temperature: Positive | None = Field(None, description="discopop: temperature of the blend of two losses")
+    orpo_lambda: Positive | None = Field(None, description="orpo: weight of the odds ratio beside the likelihood")
+    desirable_weight: Positive | None = Field(None, description="kto: weight of the answers labelled true")
+    undesirable_weight: Positive | None = Field(None, description="kto: weight of the answers labelled false")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_knobs(cls, values: Any) -> Any:
+        """The defaults of the chosen loss, so that a resolved recipe says what was used."""
+        if not isinstance(values, dict):
+            return values
+        loss = values.get("loss", "sigmoid")
+        defaults = PREFERENCE_KNOBS.get(loss, {}) if isinstance(loss, str) else {}
+        return {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
+
+    @model_validator(mode="after")
+    def _check_knobs(self) -> DPOSettings:
+        read = PREFERENCE_KNOBS[self.loss]
+        for name in sorted({name for knobs in PREFERENCE_KNOBS.values() for name in knobs} - set(read)):
+            if getattr(self, name) is not None:
+                others = ", ".join(loss for loss, knobs in PREFERENCE_KNOBS.items() if name in knobs)
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, and loss: {self.loss} does not read it; leave it out "
+                    f"({self.loss} reads {', '.join(sorted(read))}; {name} is read by {others})"
+                )
+        if self.loss in ("robust", "exo") and not self.label_smoothing:
+            raise ValueError(f"loss: {self.loss} needs label_smoothing above 0, for example {read['label_smoothing']}")
+        if self.per_token and self.ld_alpha is not None:
+            raise ValueError("give per_token or ld_alpha, not both: each is a way to take the length out of a score")
+        return self
 
 
 class GRPOSettings(TrainSettings):

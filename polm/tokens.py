@@ -153,11 +153,14 @@ class Scores:
     logprobs_N      float32, log p(target | its path), natural logarithm
     entropy_N       float32, entropy of the predicting distribution in nats; None unless asked for
     candidates_NK   float32, log p of the candidate tokens asked for; None unless asked for
+    collisions_N    float32, log of the sum of squares of the predicting distribution (how likely two samples are the
+                    same token), without a gradient; None unless asked for
     """
 
     logprobs_N: Tensor
     entropy_N: Tensor | None = None
     candidates_NK: Tensor | None = None
+    collisions_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ class Needs:
 
     entropy: bool = False
     candidates: str | None = None
+    collisions: bool = False
 
 
 @dataclass(frozen=True)

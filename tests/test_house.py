@@ -300,6 +300,6 @@ def test_no_error_is_swallowed() -> None:
 def test_text_says_nothing_about_where_it_was_written() -> None:
     """No path of somebody's machine in code, recipes or documents."""
     root = PACKAGE.parent
-    files = [*FILES, *root.glob("recipes/*.yaml"), *root.glob("docs/**/*.md"), *root.glob("*.md")]
+    files = [*FILES, *root.glob("recipes/**/*.yaml"), *root.glob("docs/**/*.md"), *root.glob("*.md")]
     found = [str(p.relative_to(root)) for p in files if "/home/" in p.read_text() or "/Users/" in p.read_text()]
     assert found == []

@@ -323,7 +323,7 @@ STAGE_HELP = {
     "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs from a model's own samples",
-    "dpo": "direct preference optimisation",
+    "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
     "grpo": "reinforcement learning with verifiable rewards",
     "eval": "benchmarks and likelihood",
 }

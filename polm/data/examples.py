@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from polm.data.records import Conversation, Document, Preference
+from polm.data.records import Conversation, Document, Feedback, Message, Preference
 from polm.errors import DataError, UserError
 from polm.text.chat import RenderedChat, render_chat, render_prompt
 from polm.text.tokenizer import unknown_id
@@ -195,22 +195,101 @@ def build_preference_trees(
     """A prompt with two children for each pair: chosen (mark sign = 1) and rejected (sign = -1)."""
     trees: list[Tree] = []
     for number, pair in enumerate(preferences):
-        prompt = render_prompt(tokenizer, pair.prompt)
-        answers = []
-        for text in (pair.chosen, pair.rejected):
-            messages = [*pair.prompt, {"role": "assistant", "content": text}]
-            answers.append(render_chat(tokenizer, messages, train_on="last").token_ids[len(prompt) :])
+        prompt, answers = encode_answers(tokenizer, pair.prompt, (pair.chosen, pair.rejected), f"pair {number}")
         _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
-        kept = _fit_pair(prompt, answers, context, too_long, f"pair {number}", ledger)
-        if kept is not None:
+        kept = fit_answers(prompt, answers, context, too_long, f"pair {number}", ledger)
+        if kept is not None and np.array_equal(kept[0], kept[1]):  # equal answers say nothing
+            ledger["dropped"] += 1
+            ledger["dropped_equal"] += 1
+            ledger["tokens_lost"] += len(prompt) + sum(len(a) for a in kept)
+        elif kept is not None:
             trees.append(build_completions(prompt, kept, marks=[{"sign": 1.0}, {"sign": -1.0}]))
     return finish(trees, ledger)
 
 
-def _fit_pair(
+def build_feedback_trees(
+    tokenizer: PreTrainedTokenizerFast,
+    feedback: Sequence[Feedback],
+    *,
+    context: int,
+    too_long: Policy,
+    ledger: Ledger,
+) -> list[Tree]:
+    """A prompt with one child for each judged answer: mark sign = 1 (label true) or -1 (false).
+
+    Raises DataError where all the answers that are kept have one label: then there is nothing to tell apart.
+    """
+    trees: list[Tree] = []
+    signs: Counter[float] = Counter()
+    for number, record in enumerate(feedback):
+        prompt, answers = encode_answers(tokenizer, record.prompt, (record.completion,), f"record {number}")
+        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        kept = fit_answers(prompt, answers, context, too_long, f"record {number}", ledger)
+        if kept is not None:
+            sign = 1.0 if record.label else -1.0
+            signs[sign] += 1
+            trees.append(build_completions(prompt, kept, marks=[{"sign": sign}]))
+    if trees and len(signs) < 2:
+        raise DataError(
+            f"feedback: {signs[1.0]} answers labelled true and {signs[-1.0]} labelled false are left of "
+            f"{len(feedback)}; kto and bco need both labels: add answers of the other one, or use the sft stage"
+        )
+    return finish(trees, ledger)
+
+
+def add_mismatched(trees: Sequence[Tree], *, context: int, ledger: Ledger) -> list[Tree]:
+    """Give each prompt the answers of the last tree before it (cyclic) that has another prompt, marked `mismatched`.
+
+    Their tokens are targets, so that they are scored, but no objective pushes them: KTO estimates a divergence from
+    them. An answer that does not fit behind the prompt is cut (`mismatched_cut` in the ledger). Enters
+    `tokens_mismatched` into the ledger, and counts them as kept and masked. Raises DataError where all prompts are
+    the same.
+    """
+    prompts = [trees[i][0].tokens.tobytes() for i in range(len(trees))]
+    if len(set(prompts)) < 2:
+        raise DataError("loss: kto compares answers across prompts, and all of the data has one prompt; add others")
+    before = 0  # the last tree of another prompt, for the first tree: from the end of the data
+    while prompts[before - 1] == prompts[0]:
+        before -= 1
+    before = before - 1 + len(trees)
+    out: list[Tree] = []
+    for i, tree in enumerate(trees):
+        if i and prompts[i] != prompts[i - 1]:
+            before = i - 1
+        room = max(1, context - len(tree[0]))
+        whole = [segment.tokens for segment in trees[before] if "sign" in segment.marks]
+        others = [ids[:room] for ids in whole]
+        ledger["mismatched_cut"] += sum(len(ids) > room for ids in whole)
+        marks = [{"mismatched": 1.0}] * len(others)
+        added = build_completions(tree[0].tokens, others, marks=marks)[1:]
+        ledger["tokens_mismatched"] += sum(len(s) for s in added)
+        out.append((*tree, *added))
+    ledger["tokens_kept"] += ledger["tokens_mismatched"]
+    ledger["tokens_masked"] += ledger["tokens_mismatched"]
+    return out
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], answers: Sequence[str], what: str
+) -> tuple[Array, list[Array]]:
+    """Token ids of the prompt, and of each answer behind it.
+
+    Raises as `render_chat` does, with `what` in front: where the template writes nothing for an answer, or does not
+    begin the conversation with the prompt.
+    """
+    try:
+        prompt = render_prompt(tokenizer, messages)
+        whole = [[*messages, {"role": "assistant", "content": text}] for text in answers]
+        rendered = [render_chat(tokenizer, conversation, train_on="last") for conversation in whole]
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
+    return prompt, [conversation.token_ids[len(prompt) :] for conversation in rendered]
+
+
+def fit_answers(
     prompt: Array, answers: Sequence[Array], context: int, too_long: Policy, what: str, ledger: Ledger
 ) -> list[Array] | None:
-    """Both answers within the context, or None: a pair is dropped as a whole, and one of equal answers says nothing."""
+    """All answers to a prompt within the context, or None where the example is dropped, which it is as a whole."""
     room = context - len(prompt)
     longest = max(answers, key=len)
     if len(longest) > room and too_long == "drop":
@@ -222,13 +301,7 @@ def _fit_pair(
         what = f"{what} (its prompt: {len(prompt)} tokens)"
         fit_context(np.concatenate([prompt, longest]), context, "error", what, ledger)
     fitted = [a if len(a) <= room else fit_context(a, room, "truncate", what, ledger) for a in answers]
-    kept = [a for a in fitted if a is not None]
-    if np.array_equal(kept[0], kept[1]):
-        ledger["dropped"] += 1
-        ledger["dropped_equal"] += 1
-        ledger["tokens_lost"] += len(prompt) + sum(len(a) for a in kept)
-        return None
-    return kept
+    return [a for a in fitted if a is not None]
 
 
 def _count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def read_preferences(path: Path) -> list[Preference]:
 def read_feedback(path: Path) -> list[Feedback]:
     """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
     return [build_feedback(f"{path}:{line}", row) for line, row in read_rows(path)]
+
+
+def is_feedback(path: Path) -> bool:
+    """Whether the first row of a data file is a judged answer: it has a column `label`."""
+    return any("label" in row for _, row in islice(read_rows(path), 1))
 
 
 def read_stepwise(path: Path) -> list[Stepwise]:

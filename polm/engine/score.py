@@ -57,6 +57,7 @@ def score(
         logprobs_N=logprobs_NK[:num_targets, 0],
         entropy_N=entropy_N[:num_targets] if needs.entropy else None,
         candidates_NK=logprobs_NK[:num_targets, 1:] if needs.candidates is not None else None,
+        collisions_N=_score_collisions(hidden_ND[:num_targets], weight, temperature, cap) if needs.collisions else None,
     )
 
 
@@ -81,6 +82,17 @@ def score_top_k(
         ids.append(top.indices)
         values.append(top.values)
     return torch.cat(logprobs), torch.cat(ids), torch.cat(values)
+
+
+@torch.no_grad()
+def _score_collisions(hidden_ND: Tensor, weight_VD: Tensor, temperature: float, cap: float | None) -> Tensor:
+    """log of the sum of p^2 over the vocabulary at each target, [N] float32: one more pass of the head, no gradient."""
+    weight = weight_VD.to(hidden_ND.dtype)
+    parts = [
+        torch.logsumexp(2.0 * torch.log_softmax(_chunk_logits(hidden_ND[part], weight, temperature, cap), -1), -1)
+        for part in _chunks(len(hidden_ND), weight.shape[0])
+    ]
+    return torch.cat(parts)
 
 
 def _chunks(num_rows: int, vocab: int) -> list[slice]:

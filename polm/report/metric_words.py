@@ -78,6 +78,12 @@ WORDS = {
     "dpo/rejected_logprob": ("nats per answer", "Log-probability of the rejected answers."),
     "dpo/chosen_reward": ("beta x nats", "What the chosen answers have gained over the starting model."),
     "dpo/rejected_reward": ("beta x nats", "What the rejected answers have gained over the starting model."),
+    "dpo/nll": ("nats per token", "Negative log-likelihood of the chosen answers, where it is a part of the loss."),
+    "dpo/pair_weight": ("weight of a pair", "WPO: how likely the model is to write both answers itself."),
+    "dpo/anchor": (
+        "nats per answer",
+        "What an answer's gain is held against: KTO's estimate of the divergence, or BCO's shift.",
+    ),
 }
 
 LOSS_WORDS = {
@@ -89,7 +95,7 @@ LOSS_WORDS = {
         f"compare {PLAIN_NLL} instead.",
     ),
     "grpo": ("loss", "The loss of the policy gradient. It hovers around zero and says little; the reward counts."),
-    "dpo": ("loss", "The preference loss. It starts at ln 2 = 0.693, where the model prefers neither answer."),
+    "dpo": ("loss", "The preference loss. Plain DPO's starts at ln 2 = 0.693, where the model prefers neither answer."),
 }
 
 

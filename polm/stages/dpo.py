@@ -1,12 +1,18 @@
-"""`polm dpo`: direct preference optimisation; both answers of a pair share the prompt's computation."""
+"""`polm dpo`: preference optimisation, by any of its losses; all answers to a prompt share the prompt's computation."""
 
 from __future__ import annotations
 
-from polm.data.examples import build_preference_trees
-from polm.data.readers import read_preferences
-from polm.objectives.preference import build_dpo
+from pathlib import Path
+
+import numpy as np
+
+from polm.data.examples import Ledger, add_mismatched, build_feedback_trees, build_preference_trees
+from polm.data.readers import is_feedback, read_feedback, read_preferences
+from polm.errors import DataError, RecipeError
+from polm.objectives.preference import ANSWER_LOSSES, Knobs, build_preference
 from polm.recipe import DPOSettings
 from polm.stages.common import (
+    Base,
     Context,
     Stage,
     StageResult,
@@ -19,20 +25,82 @@ from polm.stages.common import (
     start_stage,
     train_on_trees,
 )
+from polm.tokens import Tree
 
 
 def run(settings: DPOSettings, context: Context) -> StageResult:
-    """Train `base` on preferences.jsonl; the reference is `base` itself unless the input `reference` is given."""
+    """Train `base` on preferences.jsonl (kto, bco: on feedback.jsonl, where there is one).
+
+    The reference is `base` itself unless the input `reference` is given; a loss without a reference scores none.
+    """
     start_stage(settings, context)
+    objective = build_preference(settings.loss, _collect_knobs(settings))
+    _check_reference(settings, context, needed="ref_logprobs" in objective.reads)
     base = load_base(context.inputs["base"])
     ledger = new_ledger()
-    trees = build_preference_trees(
-        base.tokenizer,
-        read_preferences(input_file(context, "data", "preferences.jsonl")),
-        context=min(settings.bin_tokens, base.max_positions),
-        too_long=settings.too_long,
-        ledger=ledger,
-    )
+    trees = _build_trees(settings, context, base, ledger)
+    if "ref_logprobs" in objective.reads:
+        trees = _attach_reference(settings, context, base, trees)
+    return train_on_trees(context, base, trees, objective, settings, ledger)
+
+
+def _collect_knobs(settings: DPOSettings) -> Knobs:
+    """The knobs that the loss reads; the others are None in the settings."""
+    given = {
+        "beta": settings.beta,
+        "label_smoothing": settings.label_smoothing,
+        "per_token": settings.per_token,
+        "ld_alpha": settings.ld_alpha,
+        "wpo": settings.wpo,
+        "nll_weight": settings.nll_weight,
+        "gamma": settings.gamma,
+        "discopop_temperature": settings.discopop_temperature,
+        "orpo_lambda": settings.orpo_lambda,
+        "desirable_weight": settings.desirable_weight,
+        "undesirable_weight": settings.undesirable_weight,
+    }
+    return Knobs(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _check_reference(settings: DPOSettings, context: Context, *, needed: bool) -> None:
+    """An input that would not be read, or scores that cannot be read, are refused before anything is loaded."""
+    given = context.inputs.get("reference")
+    if given is not None and not needed:
+        raise RecipeError(f"dpo: loss: {settings.loss} reads no reference; leave out reference={given}")
+    is_scores = given is not None and (Path(given) / "scores.safetensors").is_file()
+    if is_scores and settings.loss in ANSWER_LOSSES and ANSWER_LOSSES[settings.loss].mismatched:
+        raise RecipeError(
+            f"dpo: reference={given} holds scores of preference pairs; loss: {settings.loss} needs those of other "
+            "answers too: give the reference model itself, which is then scored once here"
+        )
+
+
+def _build_trees(settings: DPOSettings, context: Context, base: Base, ledger: Ledger) -> list[Tree]:
+    """Pairs, or judged answers; for kto and bco the two answers of a pair are one desirable and one undesirable."""
+    limit = min(settings.bin_tokens, base.max_positions)
+    if settings.loss not in ANSWER_LOSSES:
+        file = input_file(context, "data", "preferences.jsonl")
+        return build_preference_trees(
+            base.tokenizer, read_preferences(file), context=limit, too_long=settings.too_long, ledger=ledger
+        )
+    given = Path(context.inputs["data"])
+    either = ("feedback.jsonl", "preferences.jsonl")
+    file = input_file(context, "data", next((name for name in either if (given / name).is_file()), either[0]))
+    if is_feedback(file):
+        trees = build_feedback_trees(
+            base.tokenizer, read_feedback(file), context=limit, too_long=settings.too_long, ledger=ledger
+        )
+    else:
+        trees = build_preference_trees(
+            base.tokenizer, read_preferences(file), context=limit, too_long=settings.too_long, ledger=ledger
+        )
+    if ANSWER_LOSSES[settings.loss].mismatched:
+        return add_mismatched(trees, context=limit, ledger=ledger)
+    return trees
+
+
+def _attach_reference(settings: DPOSettings, context: Context, base: Base, trees: list[Tree]) -> list[Tree]:
+    """Score the trees under the reference, once, or read its scores."""
     if "reference" in context.inputs:
         scores = reference_scores(
             context, "reference", base, trees, top_k=0, bin_tokens=settings.bin_tokens, precision=settings.precision
@@ -41,9 +109,14 @@ def run(settings: DPOSettings, context: Context) -> StageResult:
         scores = cached_annotation(
             context.workdir / "scores-base", base, trees, context, 0, settings.bin_tokens, settings.precision
         )
-    trees = attach_annotation(trees, "ref", scores)
-    objective = build_dpo(beta=settings.beta, label_smoothing=settings.label_smoothing)
-    return train_on_trees(context, base, trees, objective, settings, ledger)
+    wrong = int(np.count_nonzero(~np.isfinite(scores.logprobs)))
+    if wrong:
+        raise DataError(
+            f"dpo: {wrong} of {len(scores.logprobs)} log-probabilities of the reference "
+            f"({context.inputs.get('reference', base.name)}) are no finite numbers; its weights are damaged, or "
+            "precision: fp32 is needed"
+        )
+    return attach_annotation(trees, "ref", scores)
 
 
 STAGE = Stage(
@@ -53,5 +126,5 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference",),
-    summary="direct preference optimisation",
+    summary="preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
 )

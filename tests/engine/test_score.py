@@ -196,3 +196,27 @@ def test_bf16_stays_near_fp32(build_tiny: Callable[..., PreTrainedModel]) -> Non
         assert 0 < (a - b).abs().max() < 0.05
     assert torch.nn.functional.cosine_similarity(exact_grad, rough_grad, dim=0) > 0.995
     assert rough_grad.norm() == pytest.approx(float(exact_grad.norm()), rel=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_collisions(
+    build_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """log of the sum of p^2, against dense logits of each path; it has no gradient and changes nothing else."""
+    monkeypatch.setattr(engine, "MAX_LOGITS", 4 * 40)
+    model = build_tiny()
+    plain = plain_copy(model)
+    batch, paths = build_batch()
+    scores = score(model, batch, Needs(collisions=True), temperature=temperature)
+    expected = []
+    for ids, weights in paths:
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0].float() / temperature
+        places = torch.tensor(np.flatnonzero(weights))
+        expected.append(torch.softmax(logits, -1).square().sum(-1).log()[places - 1])
+    assert scores.collisions_N is not None
+    assert not scores.collisions_N.requires_grad
+    torch.testing.assert_close(scores.collisions_N, torch.cat(expected), rtol=1e-4, atol=2e-5)
+    without = score(model, batch, temperature=temperature)
+    assert without.collisions_N is None
+    assert torch.equal(without.logprobs_N, scores.logprobs_N)

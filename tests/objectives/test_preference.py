@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from polm.errors import DataError, RecipeError
-from polm.objectives.preference import build_dpo
-from polm.tokens import Scores, Tree, build_completions, collate
+from polm.objectives.preference import Knobs, build_preference
+from polm.tokens import Objective, Scores, Tree, build_completions, collate
+
+
+def build_dpo(*, beta: float, label_smoothing: float) -> Objective:
+    return build_preference("sigmoid", Knobs(beta=beta, label_smoothing=label_smoothing))
 
 
 def build_pair(signs: Sequence[float], references: Sequence[Sequence[float]]) -> Tree:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from polm.engine.score import score
 from polm.models.loading import load_model
-from polm.objectives.preference import build_dpo
+from polm.objectives.preference import Knobs, build_preference
 from polm.tokens import TokenBatch, build_completions, collate
 
 trl = pytest.importorskip("trl")
@@ -62,7 +62,9 @@ def test_dpo(
     their_loss = trainer.compute_loss(trainer.model, inputs)
     batch = build_batch(tokenizer, load_model(folder), num_pairs)
     assert batch.num_targets == int(inputs["completion_mask"].sum())
-    metrics = agree(their_loss, model, build_dpo(beta=0.3, label_smoothing=smoothing), learner, [batch])
+    metrics = agree(
+        their_loss, model, build_preference("sigmoid", Knobs(beta=0.3, label_smoothing=smoothing)), learner, [batch]
+    )
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     for our_name, their_name in {
         "dpo/accuracy": "rewards/accuracies",
