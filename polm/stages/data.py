@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polm.data.benchmarks import BenchmarkItem, parse_plain_number, read_benchmark_folder
+from polm.data.feedback import read_feedback
 from polm.data.readers import Prompt, read_conversations, read_documents, read_preferences, read_prompts
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
@@ -22,6 +23,7 @@ READERS: dict[str, Callable[[Path], Sequence[object]]] = {
     "midtrain.jsonl": read_documents,
     "sft.jsonl": read_conversations,
     "preferences.jsonl": read_preferences,
+    "feedback.jsonl": read_feedback,
     "prompts.jsonl": read_prompts,
 }
 
