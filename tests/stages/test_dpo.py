@@ -17,7 +17,7 @@ from polm.data.readers import write_jsonl
 from polm.errors import DataError, ModelError, NonFiniteError, RecipeError, UserError
 from polm.models.loading import load_model
 from polm.objectives.preference import ANSWER_LOSSES, PAIR_LOSSES, Knobs, build_preference
-from polm.recipe import PREFERENCE_KNOBS, AnnotateSettings, DPOSettings
+from polm.recipe import PREFERENCE_KNOBS, AnnotateSettings, DataStage, DPOSettings, FolderData
 from polm.stages import dpo
 from polm.stages.common import Context
 from polm.tokens import Loss, Scores, TokenBatch
@@ -289,3 +289,14 @@ def test_scores_that_are_no_numbers(artifact: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(dpo, "build_preference", lambda *_: replace(plain, compute=compute))
     match = "update 0: the loss is nan"
     run_refused(artifact, tmp_path / "policy", artifact("pairs"), NonFiniteError, match, loss="simpo")
+
+
+def test_judged_answers_go_into_a_data_set(artifact: Any, tmp_path: Path) -> None:
+    """`polm data` checks them line by line; the copy is what `polm dpo loss=kto` then reads."""
+    build_feedback(tmp_path, judge_prompts(artifact, 4))
+    settings = DataStage(data=FolderData(source="folder", path=tmp_path))
+    assert artifact.run("data", settings, {}, tmp_path / "out")["summary"] == {"records/feedback.jsonl": 4}
+    assert (tmp_path / "out" / "feedback.jsonl").read_bytes() == (tmp_path / "feedback.jsonl").read_bytes()
+    build_feedback(tmp_path, [{**row, "label": "yes"} for row in judge_prompts(artifact, 4)])
+    with pytest.raises(DataError, match=r"feedback.jsonl:1: label must be true or false, found 'yes'"):
+        artifact.run("data", settings, {}, tmp_path / "again")
