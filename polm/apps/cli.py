@@ -17,6 +17,7 @@ from rich.console import Console
 from polm import __version__
 from polm.config import Settings, find_recipe, load_settings, read_yaml
 from polm.errors import UserError
+from polm.report.escape import clean_text
 
 console = Console(soft_wrap=False)
 app = typer.Typer(
@@ -41,7 +42,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        # The text may quote data: escape sequences in it must not reach the terminal.
+        words = clean_text(f"error: {error}")
+        Console(stderr=True).print(words, style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -127,7 +130,6 @@ def compare(
     """Compare two runs, or two arms of one run: recipes, scores on the same seeds and items, costs."""
     from polm.report.compare_runs import compare_arms, compare_runs
     from polm.report.compare_show import build_comparison_page, build_comparison_tables, describe_verdict
-    from polm.report.escape import clean_text
     from polm.report.html import write_page
     from polm.report.load import load_run
 

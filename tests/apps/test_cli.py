@@ -519,3 +519,13 @@ def test_help_is_fast() -> None:
     code = "import sys, polm.apps.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_error_that_quotes_data_cannot_drive_the_terminal(polm: Cli, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sft.jsonl").write_text(json.dumps({"mess\x1b[31mages\u202e": 1}) + "\n")
+    done = polm("data", "data.source=folder", "data.path=data", "out=out")
+    assert done.code == 2
+    assert "sft.jsonl:1" in done.err
+    assert "\x1b[31m" not in done.err
+    assert "\u202e" not in done.err
