@@ -84,7 +84,7 @@ def collect_seed(run: Run, seed: int) -> dict[str, Any]:
         manifest, arm = node.manifest, compute_arm(node)
         if node.spec.seed == seed and node.spec.stage in ("midtrain", "annotate") and manifest and manifest.seconds:
             costs.setdefault(arm.label, {})[node.spec.stage] = manifest.seconds
-    versions = dict(run.spec.versions)
+    versions = dict(run.versions)
     return {"seed": seed, "scores": scores, "seconds": costs, "versions": versions, "cores": os.cpu_count()}
 
 

@@ -28,7 +28,12 @@ from polm.stages.common import (
 def run(settings: PretrainSettings, context: Context) -> StageResult:
     """Train on pretrain.jsonl. With the input `base` it goes on from that model and `model` in the recipe is unused."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"]) if "base" in context.inputs else _new_base(settings, context)
+    if "base" in context.inputs:
+        base = load_base(context.inputs["base"])
+    elif "tokenizer" in context.inputs:
+        base = build_new_base(settings, context.inputs["tokenizer"])
+    else:
+        raise UserError("pretrain from random weights needs tokenizer=FOLDER (or base=MODEL to go on from a model)")
     ledger = new_ledger()
     trees = build_document_trees(
         base.tokenizer,
@@ -40,10 +45,9 @@ def run(settings: PretrainSettings, context: Context) -> StageResult:
     return train_on_trees(context, base, trees, build_ntp(), settings, ledger)
 
 
-def _new_base(settings: PretrainSettings, context: Context) -> Base:
-    if "tokenizer" not in context.inputs:
-        raise UserError("pretrain from random weights needs tokenizer=FOLDER (or base=MODEL to go on from a model)")
-    folder = model_folder_of_tokenizer(context.inputs["tokenizer"])
+def build_new_base(settings: PretrainSettings, tokenizer_source: str) -> Base:
+    """Random weights, drawn from the seed, for the vocabulary of a tokenizer folder or artifact."""
+    folder = model_folder_of_tokenizer(tokenizer_source)
     tokenizer = load_tokenizer(folder)
     model = build_model(
         **settings.model.model_dump(),
