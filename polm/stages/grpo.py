@@ -297,5 +297,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference",),
+    version=2,
     summary="reinforcement learning with verifiable rewards",
 )

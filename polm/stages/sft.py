@@ -37,4 +37,4 @@ def run(settings: SFTSettings, context: Context) -> StageResult:
     return train_on_trees(context, base, trees, build_ntp(), settings, ledger)
 
 
-STAGE = Stage("sft", "train", SFTSettings, run, inputs=("base", "data"), summary="supervised fine-tuning")
+STAGE = Stage("sft", "train", SFTSettings, run, inputs=("base", "data"), version=2, summary="supervised fine-tuning")
