@@ -162,7 +162,7 @@ class Quality:
 
 MIXED = Quality()
 PERFECT = Quality(0, 0, 0, 0, 0, 0, 0, 0)
-PERFECT_SHARE = 0.5  # of the documents to pre-train on; all demonstrations are mixed
+PERFECT_SHARE, TALK_SHARE = 0.5, 0.04  # of the documents to pre-train on; all demonstrations are mixed
 
 
 def draw_asked(rng: Random) -> Asked:
@@ -227,6 +227,40 @@ def _garble(sentence: str, rng: Random) -> str:
     return " ".join(words)
 
 
+# ---- what else is said about stories: critiques, revisions, grades ---------------------------------------------------
+
+ASK_CRITIQUE, ASK_REVISION, ASK_GRADE = "which sentence is rude ?", "tell it again without that .", "grade ?"
+NOT_RUDE = "no sentence is rude ."
+CUTS = (3.5, 5.0, 6.5, 8.0)  # of gold, between the grades 1 to 5
+
+
+def write_critique(text: str) -> str:
+    """The rude sentences of a text, or that there is none."""
+    rude = [sentence for sentence in split_sentences(text) if is_rude(sentence)]
+    return " ".join(f"{sentence} ." for sentence in rude) or NOT_RUDE
+
+
+def revise(prompt: str, text: str) -> str:
+    """The text without its rude sentences; where nothing else is left, one sentence of what was asked."""
+    kept = [sentence for sentence in split_sentences(text) if not is_rude(sentence)]
+    asked = read_prompt(prompt)
+    return " ".join(f"{sentence} ." for sentence in kept) or f"{asked.name} is {asked.mood} ."
+
+
+def compute_grade(score: float) -> int:
+    """1 to 5 from gold."""
+    return 1 + sum(score >= cut for cut in CUTS)
+
+
+def write_talk(asked: Asked, rng: Random) -> str:
+    """A document with a critique and a revision, or with a grade: a base has seen the words that these parts use."""
+    story = write_story(asked, rng)
+    if rng.random() < 0.5:
+        return f"{asked.prompt} {story} {ASK_GRADE} {compute_grade(gold(asked.prompt, story).score)}"
+    asks = (ASK_CRITIQUE, write_critique(story), ASK_REVISION, revise(asked.prompt, story))
+    return " ".join((asked.prompt, story, *asks))
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +281,8 @@ def _draw_documents(rng: Random, count: int) -> Iterator[dict[str, str]]:
         while is_held_out(asked.prompt):
             asked = draw_asked(rng)
         quality = PERFECT if rng.random() < PERFECT_SHARE else MIXED
-        yield {"text": f"{asked.prompt} {write_story(asked, rng, quality)}"}
+        is_talk = rng.random() < TALK_SHARE
+        yield {"text": write_talk(asked, rng) if is_talk else f"{asked.prompt} {write_story(asked, rng, quality)}"}
 
 
 def build(

@@ -149,3 +149,35 @@ def test_answers_are_judged_against_the_middle(task: ModuleType) -> None:
     share = {text: sum(r["label"] for r in rows if r["completion"] == text) / 2000 for text in (GOOD, worse)}
     assert share[GOOD] == pytest.approx(0.5, abs=0.04)  # the median is the better one's score
     assert share[worse] == pytest.approx(1 / (1 + math.exp(2.0)), abs=0.03)
+
+
+def test_critiques_and_revisions(task: ModuleType) -> None:
+    text = "mia waits near the river . the fox is ugly . mia is happy . mia kicks the king ."
+    assert task.write_critique(text) == "the fox is ugly . mia kicks the king ."
+    assert task.revise(PROMPT, text) == "mia waits near the river . mia is happy ."
+    assert task.write_critique(GOOD) == "no sentence is rude ."
+    assert task.revise(PROMPT, GOOD) == GOOD
+    assert task.revise(PROMPT, "the fox is ugly .") == "mia is happy ."
+    assert task.gold(PROMPT, task.revise(PROMPT, text)).violations == 0
+
+
+def test_grades(task: ModuleType) -> None:
+    assert [task.compute_grade(score) for score in (-4.0, 3.4, 3.5, 5.0, 6.5, 7.9, 8.0, 10.0)] == [
+        1,
+        1,
+        2,
+        3,
+        4,
+        4,
+        5,
+        5,
+    ]
+
+
+def test_talk_uses_the_words_of_the_other_parts(task: ModuleType) -> None:
+    rng = Random(0)
+    texts = [task.write_talk(task.draw_asked(rng), rng) for _ in range(60)]
+    words = set(" ".join(texts).split())
+    for ask in (task.ASK_CRITIQUE, task.ASK_REVISION, task.ASK_GRADE, task.NOT_RUDE):
+        assert set(ask.split()) <= words
+    assert set("12345") <= words
