@@ -114,23 +114,20 @@ def build_scalar_model(
     num_labels: int = 1,
     spread: float | None = None,
     seed: int = 0,
-    pad_token_id: int | None = None,
 ) -> PreTrainedModel:
     """A classifier with the trunk of a language model (copied) and a fresh head.
 
-    spread        standard deviation of the head's normal weights; None = 1 / sqrt(D + 1), with which values begin with
-                  a spread near 1 (Stiennon et al. 2020, arXiv 2009.01325, their code); 0 = all values begin at 0.
-                  A bias begins at 0. Drawn from `seed` alone.
-    pad_token_id  what a sequence classifier skips at the end of a sequence; None = as in the base
+    spread   standard deviation of the head's normal weights; None = 1 / sqrt(D + 1), with which values begin with a
+             spread near 1 (Stiennon et al. 2020, arXiv 2009.01325, their code); 0 = all values begin at 0. A bias
+             begins at 0. Drawn from `seed` alone.
 
-    Raises ModelError where transformers has no such class for the architecture.
+    The padding token of the config, which a sequence classifier skips at the end, is the base's. Raises ModelError
+    where transformers has no such class for the architecture.
     """
     name = f"the {layout} classifier of {base.config.name_or_path or base.config.model_type}"
     config = copy.deepcopy(base.config.get_text_config())
     config.num_labels = num_labels
     config.classifier_dropout = 0.0
-    if pad_token_id is not None:
-        config.pad_token_id = pad_token_id
     try:
         model: PreTrainedModel = CLASSES[layout].from_config(config, dtype=base.dtype, attn_implementation="sdpa")
         model.get_decoder().load_state_dict(base.get_decoder().state_dict())
