@@ -50,7 +50,7 @@ def build_document_trees(
         document = Document(given) if isinstance(given, str) else given
         ids = encode_document(tokenizer, document.text)
         weights = weigh_document(tokenizer, document, ids, f"document {number}")
-        _count_read(tokenizer, ids, ledger)
+        count_read(tokenizer, ids, ledger)
         trees.extend(cut_document(ids, context, too_long, f"document {number}", ledger, weights))
     return finish(trees, ledger)
 
@@ -172,7 +172,7 @@ def build_conversation_trees(
             weights = weigh_conversation(tokenizer, conversation, rendered)
         except UserError as error:
             raise type(error)(f"conversation {number}: {error}") from error
-        _count_read(tokenizer, rendered.token_ids, ledger)
+        count_read(tokenizer, rendered.token_ids, ledger)
         ids = fit_context(rendered.token_ids, context, too_long, f"conversation {number}", ledger)
         if ids is None:
             continue
@@ -201,7 +201,7 @@ def build_preference_trees(
     trees: list[Tree] = []
     for number, pair in enumerate(preferences):
         prompt, answers = encode_answers(tokenizer, pair.prompt, (pair.chosen, pair.rejected), f"pair {number}")
-        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
         if pair.margin:
             ledger["margins"] += 1
         kept = fit_answers(prompt, answers, context, too_long, f"pair {number}", ledger)
@@ -254,7 +254,7 @@ def build_feedback_trees(
     signs: Counter[float] = Counter()
     for number, record in enumerate(feedback):
         prompt, answers = encode_answers(tokenizer, record.prompt, (record.completion,), f"record {number}")
-        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
         kept = fit_answers(prompt, answers, context, too_long, f"record {number}", ledger)
         if kept is not None:
             sign = 1.0 if record.label else -1.0
@@ -335,7 +335,7 @@ def fit_answers(
     return [a for a in fitted if a is not None]
 
 
-def _count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:
+def count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:
     """Enter an example as it was read, with the tokens that stand for text which the tokenizer cannot spell."""
     ledger["read"] += 1
     ledger["tokens_read"] += len(ids)

@@ -90,10 +90,13 @@ def compute_reliability(margin_P: Floats, num_bins: int = NUM_BINS) -> list[dict
     return table
 
 
-def compute_calibration_error(table: list[dict[str, float]]) -> float:
-    """Expected calibration error of a reliability table (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
-    total = sum(row["pairs"] for row in table)
-    return sum(row["pairs"] / total * abs(row["accuracy"] - row["confidence"]) for row in table)
+def compute_calibration_error(table: list[dict[str, float]], count: str = "pairs") -> float:
+    """Expected calibration error of a reliability table (Guo et al. 2017, arXiv 1706.04599, equation 3).
+
+    `count` names the column with the sizes of the bins.
+    """
+    total = sum(row[count] for row in table)
+    return sum(row[count] / total * abs(row["accuracy"] - row["confidence"]) for row in table)
 
 
 def choose_length_direction(chosen_length_P: Floats, rejected_length_P: Floats) -> int:

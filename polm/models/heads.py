@@ -43,6 +43,7 @@ Layout = Literal["sequence", "token"]
 CLASSES: dict[Layout, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 SUFFIXES: dict[Layout, str] = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
 HEADS = ("score", "classifier")  # what transformers calls the head of its classifiers
+SEPARATOR_FIELD = "step_separator"  # of a process reward model's config: the text behind each step
 # Prefixes of the check's ids that a sequence classifier is run on: it gives one value a sequence.
 CHECKED_LENGTHS = (3, 5, 8, 12)
 
