@@ -21,7 +21,8 @@ def compute_bradley_terry(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor
 
 
 def compute_centring(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """(c + r)^2, [P]: keeps rewards around 0, which comparisons leave open (Eisenstein et al. 2023, arXiv 2312.09244)."""
+    """(c + r)^2, [P]: keeps rewards around 0, which comparisons leave open (Eisenstein et al. 2023,
+    arXiv 2312.09244)."""
     return (chosen_P + rejected_P) ** 2
 
 

@@ -38,6 +38,7 @@ class RewardModel:
 
     same_tokens   the policy has the same tokenizer and chat template: its tokens are read as they are. An answer that
                   was cut off, without an end of turn, is then scored at its last token
+    end_token     that of an end of turn
     suffix        what the chat template writes behind an end of turn, read where the policy's answer has one
     """
 
@@ -45,6 +46,7 @@ class RewardModel:
     tokenizer: PreTrainedTokenizerFast
     name: str
     same_tokens: bool
+    end_token: int
     suffix: Array
     bin_tokens: int = BIN_TOKENS
     bf16: bool = False
@@ -78,7 +80,7 @@ class RewardModel:
         """Token ids of the prompt and of the answer, the latter without padding at its end and not empty."""
         if self.same_tokens:
             prompt, answer = item.prompt_tokens, item.completion_tokens
-            if len(answer) and int(answer[-1]) in stop_token_ids(self.tokenizer)[:1]:
+            if len(answer) and int(answer[-1]) == self.end_token:
                 answer = np.concatenate([answer, self.suffix])
         else:
             prompt, (answer,) = encode_answers(
@@ -204,7 +206,7 @@ def load_reward_model(
     )
     rendered = render_chat(tokenizer, PROBE)
     suffix = rendered.token_ids[int(np.flatnonzero(rendered.assistant_mask)[-1]) + 1 :]
-    return RewardModel(model, tokenizer, str(source), same, suffix, bin_tokens, bf16)
+    return RewardModel(model, tokenizer, str(source), same, stop_token_ids(tokenizer)[0], suffix, bin_tokens, bf16)
 
 
 def load_process_reward_model(
