@@ -14,13 +14,14 @@ from types import ModuleType
 
 import losses
 import matplotlib
+import reward_model
 from common import HERE
 
 from polm.evals.claims import write_claims
 
 matplotlib.use("Agg")
 
-PARTS: dict[str, ModuleType] = {"losses": losses}
+PARTS: dict[str, ModuleType] = {"losses": losses, "reward_model": reward_model}
 
 
 def main() -> None:
