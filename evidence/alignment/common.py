@@ -23,7 +23,7 @@ from polm.engine.annotate import annotate_trees
 from polm.flywheel.store import Work, collect_versions, execute, external_key
 from polm.recipe import ModelShape, PretrainSettings, SFTSettings, TokenizerSettings
 from polm.rollout.generate import Completion, SamplingParams, generate
-from polm.stages.common import Base, Context, load_base
+from polm.stages.common import Base, Context, Report, load_base
 from polm.stages.table import STAGES
 from polm.text.chat import render_prompt, stop_token_ids
 from polm.tokens import Array, build_completions
@@ -53,21 +53,23 @@ SFT = {
 PAIR_SAMPLES, MEASURE = 11, 12
 
 
+def _silent(line: object) -> None:
+    del line
+
+
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def run_stage(name: str, folder: Path, settings: Settings | Mapping[str, Any], **inputs: Path) -> Path:
-    """Run a stage of polm into `folder`, unless it is there; returns the folder."""
+def run_stage(
+    name: str, folder: Path, settings: Settings | Mapping[str, Any], report: Report = _silent, **inputs: Path
+) -> Path:
+    """Run a stage of polm into `folder`, unless it is there; returns the folder. `report` gets its lines."""
     stage = STAGES[name]
     typed = settings if isinstance(settings, Settings) else stage.settings.model_validate(dict(settings))
     given = {role: str(path) for role, path in inputs.items()}
     keys = {role: external_key(path) for role, path in given.items()}
-    execute(Work(stage, typed, given, keys, folder), Context(folder, given, say=_silent))
+    execute(Work(stage, typed, given, keys, folder), Context(folder, given, report, _silent))
     return folder
-
-
-def _silent(line: str) -> None:
-    del line
 
 
 @dataclass(frozen=True)

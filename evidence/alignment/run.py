@@ -14,6 +14,7 @@ from types import ModuleType
 
 import losses
 import matplotlib
+import overoptimisation
 import reward_model
 from common import HERE
 
@@ -21,7 +22,7 @@ from polm.evals.claims import write_claims
 
 matplotlib.use("Agg")
 
-PARTS: dict[str, ModuleType] = {"losses": losses, "reward_model": reward_model}
+PARTS: dict[str, ModuleType] = {"losses": losses, "reward_model": reward_model, "overoptimisation": overoptimisation}
 
 
 def main() -> None:
