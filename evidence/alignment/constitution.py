@@ -1,8 +1,8 @@
 """Part `constitution`: critique and revision by a principle ("no rude sentences"), then SFT on the revised answers.
 
 The critic is the SFT model, fine-tuned on talks that the task's program wrote: a story, which of its sentences are
-rude, the story without them. `polm constitution` has it criticise and revise the SFT model's own answers; SFT on these is the
-arm, and SFT on the same answers as they were before is the control.
+rude, the story without them. `polm constitution` has it criticise and revise the own answers of the SFT model; SFT on
+these is the arm, and SFT on the same answers as they were before is the control.
 """
 
 from __future__ import annotations
