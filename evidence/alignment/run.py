@@ -12,17 +12,27 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+import constitution
 import losses
 import matplotlib
 import overoptimisation
+import reft
 import reward_model
+import rlaif
 from common import HERE
 
 from polm.evals.claims import write_claims
 
 matplotlib.use("Agg")
 
-PARTS: dict[str, ModuleType] = {"losses": losses, "reward_model": reward_model, "overoptimisation": overoptimisation}
+PARTS: dict[str, ModuleType] = {
+    "losses": losses,
+    "overoptimisation": overoptimisation,
+    "reward_model": reward_model,
+    "rlaif": rlaif,
+    "constitution": constitution,
+    "reft": reft,
+}
 
 
 def main() -> None:
