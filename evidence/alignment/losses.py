@@ -42,20 +42,31 @@ from polm.stages.common import Base
 
 PART = "losses"
 RECIPES = HERE.parent.parent / "recipes" / "dpo"
-ARMS = tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-ALONE = "kto_alone"  # KTO on the same answers judged one by one, instead of on pairs taken apart
+ALONE, WARM = "kto_alone", "discopop_warm"
+# Arms beside the recipes: the recipe, and what is changed in it.
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ALONE: ("kto", {}),  # on the same answers judged one by one, instead of on pairs taken apart
+    WARM: ("discopop", {"discopop_temperature": 0.2}),  # at the paper's 0.05 margins first fall (its docstring)
+}
+ARMS = (*sorted(path.stem for path in RECIPES.glob("*.yaml")), *VARIANTS)
 NUM_PAIRS = 600
 TRAIN = {"epochs": 1, "bin_tokens": 1024, "bins_per_update": 1, "micro_bins": 0, "checkpoint_every": 0, "log_every": 5}
 SCHEDULE = {"kind": "linear", "warmup_updates": 3}
 RATES = (3e-4, 1e-3)
-CHOSEN: Mapping[str, float] = {}
+# By mean gold on the tuning seeds (evidence/LOG.md); 3e-4 for all others.
+CHOSEN: Mapping[str, float] = {
+    **dict.fromkeys(ARMS, 3e-4),
+    **dict.fromkeys(("apo_zero", "cpo", "discopop", "kto", ALONE, "nca", "orpo", "rpo", "slic", "wpo"), 1e-3),
+    "apo_down": 1e-4,
+}
 
 
 def build_settings(arm: str, rate: float, seed: int) -> DPOSettings:
     """The recipe of an arm with our optimizer, batch and length."""
-    recipe = load_settings(DPOSettings, RECIPES / f"{arm.removesuffix('_alone')}.yaml", [])
+    name, changes = VARIANTS.get(arm, (arm, {}))
+    recipe = load_settings(DPOSettings, RECIPES / f"{name}.yaml", [])
     optimizer = {"kind": "adamw", "learning_rate": rate, "beta2": 0.99}
-    given = recipe.model_dump(exclude={"updates"})
+    given = {**recipe.model_dump(exclude={"updates"}), **changes}
     return DPOSettings.model_validate({**given, **TRAIN, "seed": seed, "optimizer": optimizer, "schedule": SCHEDULE})
 
 
@@ -83,7 +94,7 @@ def prepare_pairs(seed: int) -> tuple[World, Base, list[str], Measured]:
     return world, sft, prompts, measure(sft, world, prompts)
 
 
-def run(seed: int, arms: Sequence[str] = (*ARMS, ALONE)) -> None:
+def run(seed: int, arms: Sequence[str] = ARMS) -> None:
     """All arms of a seed at their chosen rates; seeds/losses-SEED.json is written after each."""
     path = seed_file(PART, seed)
     row = {"seed": seed, **read_row(path)}
@@ -99,21 +110,24 @@ def run(seed: int, arms: Sequence[str] = (*ARMS, ALONE)) -> None:
         print(f"{PART} seed {seed} {arm}: {row['arms'][arm]['win_rate']:.3f}", flush=True)
 
 
-def tune(arms: Sequence[str] = (*ARMS, ALONE)) -> None:
-    """Every rate on the tuning seeds, written to runs/; what is chosen is copied to CHOSEN and evidence/LOG.md."""
+def tune(wanted: Sequence[str]) -> None:
+    """Arms at rates, each ARM or ARM:RATE, on the tuning seeds, written to runs/; what is chosen is copied to CHOSEN
+    and evidence/LOG.md."""
+    parts = [name.partition(":") for name in wanted]
+    pairs = [(arm, float(rate)) for arm, _, given in parts for rate in ((given,) if given else RATES)]
     for seed in TUNING_SEEDS:
         path = RUNS / "tuning" / f"{PART}-{seed}.json"
         row = {"seed": seed, **read_row(path)}
-        world, sft, prompts, control = prepare_pairs(seed)
-        for arm in arms:
-            for rate in RATES:
-                name = f"{arm} {rate:g}"
-                if name not in row["arms"]:
-                    model = load(train(world, arm, rate))
-                    row["arms"][name] = describe_against(measure(model, world, prompts), control, sft, prompts)
-                    write_row(path, row)
-                    shown = {k: round(row["arms"][name][k], 3) for k in ("win_rate", "gold", "kl", "violations")}
-                    print(f"seed {seed} {name} {shown}", flush=True)
+        missing = [(arm, rate) for arm, rate in pairs if f"{arm} {rate:g}" not in row["arms"]]
+        if missing:
+            world, sft, prompts, control = prepare_pairs(seed)
+        for arm, rate in missing:
+            model = load(train(world, arm, rate))
+            found = describe_against(measure(model, world, prompts), control, sft, prompts)
+            row["arms"][f"{arm} {rate:g}"] = found
+            write_row(path, row)
+            shown = {k: round(found[k], 3) for k in ("win_rate", "gold", "kl", "violations")}
+            print(f"seed {seed} {arm} {rate:g} {shown}", flush=True)
     print_tuning()
 
 
@@ -132,7 +146,7 @@ def build_claims() -> list[dict[str, Any]]:
     """Every arm against the SFT model: the win rate less 50 %, points of gold, violations."""
     rows = read_rows(PART)
     claims = []
-    for arm in (*ARMS, ALONE):
+    for arm in ARMS:
         pairs = [(row["arms"][arm], row["sft"]) for row in rows if arm in row["arms"]]
         if len(pairs) < 2:
             continue
@@ -214,4 +228,4 @@ def main(seeds: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    tune(sys.argv[1:] or (*ARMS, ALONE))
+    tune(sys.argv[1:] or ARMS)

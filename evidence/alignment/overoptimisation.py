@@ -47,10 +47,10 @@ PART = "overoptimisation"
 MY_SEEDS = SEEDS[:3]
 PROXY_PAIRS = 200
 BEST_OF, BEST_OF_DRAW, NUM_BEST_OF = (1, 2, 4, 8, 16, 32, 64), 31, 150
-UPDATES, LOOK_EVERY = 60, 6
+UPDATES, LOOK_EVERY, NUM_LOOK = 40, 5, 200
 RL = {
     "updates": UPDATES,
-    "prompts_per_rollout": 32,
+    "prompts_per_rollout": 16,
     "samples": 4,
     "max_new_tokens": 80,
     "bin_tokens": 4096,
@@ -61,9 +61,9 @@ RL = {
     "schedule": {"kind": "constant", "warmup_updates": 3},
 }
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
-    "ppo": {"samples": 1, "prompts_per_rollout": 128},
+    "ppo": {"samples": 1, "prompts_per_rollout": 64},
     "rloo": {},
-    "reinforce_pp": {"samples": 1, "prompts_per_rollout": 128},
+    "reinforce_pp": {"samples": 1, "prompts_per_rollout": 64},
     "grpo": {},
 }
 RATES: Mapping[str, float] = dict.fromkeys(ALGORITHMS, 1e-3)
@@ -111,8 +111,8 @@ def run_best_of(sft: Base, proxy: RewardModel, world: World) -> list[dict[str, f
 
 
 def look(model: Base, sft: Base, proxy: RewardModel, world: World, update: int) -> dict[str, float]:
-    """Proxy, gold and KL of a model, from one answer to each held-out prompt."""
-    prompts = read_questions(world.data / "held_out")
+    """Proxy, gold and KL of a model, from one answer to each of some held-out prompts."""
+    prompts = read_questions(world.data / "held_out", NUM_LOOK)
     completions = sample(model, prompts, seed=world.seed, draw=MEASURE)
     golds = [gold(prompts[c.prompt_index], c.text) for c in completions]
     kl = np.array([c.logprobs.sum() for c in completions]) - compute_logprobs(sft, prompts, completions)
