@@ -47,9 +47,8 @@ PART = "overoptimisation"
 MY_SEEDS = SEEDS[:3]
 PROXY_PAIRS = 200
 BEST_OF, BEST_OF_DRAW, NUM_BEST_OF = (1, 2, 4, 8, 16, 32, 64), 31, 150
-UPDATES, LOOK_EVERY, NUM_LOOK = 40, 5, 200
+ROLLOUTS, LOOK_EVERY, NUM_LOOK = 40, 5, 200
 RL = {
-    "updates": UPDATES,
     "prompts_per_rollout": 16,
     "samples": 4,
     "max_new_tokens": 80,
@@ -57,15 +56,21 @@ RL = {
     "kl_beta": 0.0,
     "kl_groups": 0,
     "reward": "model",
-    "checkpoint_every": LOOK_EVERY,
     "schedule": {"kind": "constant", "warmup_updates": 3},
 }
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
-    "ppo": {"samples": 1, "prompts_per_rollout": 64},
+    "ppo": {
+        "samples": 1,
+        "prompts_per_rollout": 64,
+        "epochs_per_rollout": 2,
+        "value_clip": None,
+        "critic_optimizer": {"kind": "adamw", "learning_rate": 1e-3, "beta2": 0.99},
+    },
     "rloo": {},
     "reinforce_pp": {"samples": 1, "prompts_per_rollout": 64},
     "grpo": {},
 }
+UPDATES_PER_ROLLOUT = {"ppo": 2, "rloo": 1, "reinforce_pp": 1, "grpo": 1}
 RATES: Mapping[str, float] = dict.fromkeys(ALGORITHMS, 1e-3)
 TUNING_RATES, TUNING_SEED = (3e-4, 1e-3), 2
 
@@ -110,14 +115,14 @@ def run_best_of(sft: Base, proxy: RewardModel, world: World) -> list[dict[str, f
 # ---- reinforcement learning ------------------------------------------------------------------------------------------
 
 
-def look(model: Base, sft: Base, proxy: RewardModel, world: World, update: int) -> dict[str, float]:
+def look(model: Base, sft: Base, proxy: RewardModel, world: World, rollouts: int) -> dict[str, float]:
     """Proxy, gold and KL of a model, from one answer to each of some held-out prompts."""
     prompts = read_questions(world.data / "held_out", NUM_LOOK)
     completions = sample(model, prompts, seed=world.seed, draw=MEASURE)
     golds = [gold(prompts[c.prompt_index], c.text) for c in completions]
     kl = np.array([c.logprobs.sum() for c in completions]) - compute_logprobs(sft, prompts, completions)
     return {
-        "update": update,
+        "rollouts": rollouts,
         "kl": float(kl.mean()),
         "proxy": float(reward_model.score(proxy, sft, prompts, completions).mean()),
         "gold": float(np.mean([g.score for g in golds])),
@@ -127,7 +132,7 @@ def look(model: Base, sft: Base, proxy: RewardModel, world: World, update: int) 
 
 
 def climb(world: World, name: str, proxy: str, rate: float) -> dict[int, Path]:
-    """Run an algorithm; returns the weights along the way, by update. A checkpoint is copied before the next one."""
+    """Run an algorithm; returns the weights along the way, by rollouts. A checkpoint is copied before the next one."""
     folder = world.folder / PART / f"{name}-{rate:g}"
     looks = folder.with_name(f"{folder.name}-looks")
     looks.mkdir(parents=True, exist_ok=True)
@@ -140,10 +145,12 @@ def climb(world: World, name: str, proxy: str, rate: float) -> dict[int, Path]:
                 shutil.copyfile(checkpoint / "weights.safetensors", copy)
 
     optimizer = {"kind": "adamw", "learning_rate": rate, "beta2": 0.99}
-    settings = {"seed": world.seed, **RL, **ALGORITHMS[name], "optimizer": optimizer}
+    each = UPDATES_PER_ROLLOUT[name]
+    lengths = {"updates": ROLLOUTS * each, "checkpoint_every": LOOK_EVERY * each}
+    settings = {"seed": world.seed, **RL, **lengths, **ALGORITHMS[name], "optimizer": optimizer}
     run_stage(name, folder, settings, keep, base=world.sft, data=world.data, reward_model=Path(proxy))
-    found = {int(path.stem.rpartition("-")[2]): path for path in looks.glob("*.safetensors")}
-    return {**dict(sorted(found.items())), UPDATES: folder / "model"}
+    found = {int(path.stem.rpartition("-")[2]) // each: path for path in looks.glob("*.safetensors")}
+    return {**dict(sorted(found.items())), ROLLOUTS: folder / "model"}
 
 
 def load_look(sft: Base, weights: Path) -> Base:
@@ -160,8 +167,8 @@ def load_look(sft: Base, weights: Path) -> Base:
 
 def run_algorithm(world: World, sft: Base, proxy: RewardModel, name: str, rate: float) -> list[dict[str, float]]:
     points = [look(sft, sft, proxy, world, 0)]
-    for update, weights in climb(world, name, proxy.name, rate).items():
-        points.append(look(load_look(sft, weights), sft, proxy, world, update))
+    for rollouts, weights in climb(world, name, proxy.name, rate).items():
+        points.append(look(load_look(sft, weights), sft, proxy, world, rollouts))
     return points
 
 
@@ -238,7 +245,7 @@ def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
         found = [row["arms"][name] for row in rows if name in row["arms"]]
         for place in range(len(found[0]) if found else 0):
             points = [points[place] for points in found]
-            where = f"n = {points[0]['n']}" if name == "best_of_n" else f"update {points[0]['update']}"
+            where = f"n = {points[0]['n']}" if name == "best_of_n" else f"{points[0]['rollouts']} rollouts"
             mean = {key: float(np.mean([p[key] for p in points])) for key in points[0]}
             cells = [f"{mean['kl']:.1f}", f"{mean['proxy']:+.2f}", f"{mean['gold']:.2f}"]
             cells += [f"{100 * mean['violations']:.0f} %", f"{mean['words']:.1f}"]

@@ -49,9 +49,12 @@ NUM_DOCUMENTS, CORRUPTED_SHARE = 12_000, 0.12
 NUM_QUESTIONS, NUM_ITEMS = 800, 150
 WARM_EPOCHS, MORE_EPOCHS = 1, 8
 PPO = {
-    "updates": 60,
-    "prompts_per_rollout": 128,
+    "updates": 100,
+    "prompts_per_rollout": 64,
     "samples": 1,
+    "epochs_per_rollout": 2,
+    "value_clip": None,
+    "critic_optimizer": {"kind": "adamw", "learning_rate": 1e-3, "beta2": 0.99},
     "max_new_tokens": 64,
     "bin_tokens": 4096,
     "kl_beta": 0.01,
