@@ -71,7 +71,7 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "grpo": {},
 }
 UPDATES_PER_ROLLOUT = {"ppo": 2, "rloo": 1, "reinforce_pp": 1, "grpo": 1}
-RATES: Mapping[str, float] = dict.fromkeys(ALGORITHMS, 1e-3)
+RATES: Mapping[str, float] = {"ppo": 3e-4, "rloo": 6e-4, "reinforce_pp": 6e-4, "grpo": 6e-4}
 TUNING_RATES, TUNING_SEED = (3e-4, 1e-3), 2
 
 
@@ -161,7 +161,7 @@ def load_look(sft: Base, weights: Path) -> Base:
     tensors = load_file(weights)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[name] if name in tensors else tensors[f"policy.{name}"])  # PPO keeps a critic too
     return replace(sft, model=model)
 
 
@@ -194,12 +194,13 @@ def tune(names: Sequence[str]) -> None:
     world = prepare(TUNING_SEED)
     sft = load(world.sft)
     proxy = load_reward_model(reward_model.train(world, PROXY_PAIRS), sft.tokenizer)
-    for name in names:
+    for wanted in names:
+        name, _, rate_given = wanted.partition(":")
         if name == "best_of_n":
             for point in run_best_of(sft, proxy, world):
                 print(name, {k: round(v, 2) for k, v in point.items()}, flush=True)
             continue
-        for rate in TUNING_RATES:
+        for rate in (float(rate_given),) if rate_given else TUNING_RATES:
             for point in run_algorithm(world, sft, proxy, name, rate):
                 print(name, f"{rate:g}", {k: round(v, 2) for k, v in point.items()}, flush=True)
 
