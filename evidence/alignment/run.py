@@ -1,4 +1,4 @@
-"""Run a part of the alignment evidence over its seeds; write one file a seed, then result.json, figures and tables.
+"""Run a part of the alignment evidence over its seeds; write one file a seed, then result.json, figures and the README's tables.
 
 python evidence/alignment/run.py losses              # the reporting seeds
 python evidence/alignment/run.py losses 100 101      # some seeds only
@@ -10,6 +10,8 @@ A seed whose file is whole is not run again, and a run that was stopped goes on 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 
 import constitution
@@ -35,17 +37,31 @@ PARTS: dict[str, ModuleType] = {
 }
 
 
+def fill_readme(path: Path, tables: Mapping[str, str]) -> None:
+    """Put the tables where the README has their marks; a part without results keeps what is there."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        if not mark:
+            raise SystemExit(f"{path} has no mark <!-- {name} -->; put it back")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}\n{table.strip()}\n\n{end}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     part, *numbers = sys.argv[1:] or ["table"]
     if part != "table":
         PARTS[part].main([int(number) for number in numbers])
-    claims = []
+    claims, tables = [], {}
     for name, module in PARTS.items():
         mine = module.build_claims()
         if mine:
-            print(f"\n{name}\n\n{module.write_table(mine)}")
+            tables[name] = module.write_table(mine)
+            print(f"\n{name}\n\n{tables[name]}")
             module.draw(mine)
         claims += mine
+    fill_readme(HERE / "README.md", tables)
     if claims:
         write_claims(HERE / "result.json", claims)
 
