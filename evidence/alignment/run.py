@@ -1,4 +1,4 @@
-"""Run a part of the alignment evidence over its seeds; write one file a seed, then result.json, figures and the README's tables.
+"""Run a part of the alignment evidence over its seeds: one file a seed, then result.json, figures, the README's tables.
 
 python evidence/alignment/run.py losses              # the reporting seeds
 python evidence/alignment/run.py losses 100 101      # some seeds only
