@@ -48,6 +48,7 @@ MY_SEEDS = SEEDS[:3]
 PROXY_PAIRS = 200
 BEST_OF, BEST_OF_DRAW, NUM_BEST_OF = (1, 2, 4, 8, 16, 32, 64), 31, 150
 ROLLOUTS, LOOK_EVERY, NUM_LOOK = 40, 5, 200
+SHOWN = (5, 10, 20, 30, 40)  # rollouts in the table; those of 0 are the SFT model, as is n = 1
 RL = {
     "prompts_per_rollout": 16,
     "samples": 4,
@@ -246,6 +247,8 @@ def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
         found = [row["arms"][name] for row in rows if name in row["arms"]]
         for place in range(len(found[0]) if found else 0):
             points = [points[place] for points in found]
+            if points[0].get("rollouts") not in (None, *SHOWN) or points[0].get("n") in (2, 8, 32):
+                continue
             where = f"n = {points[0]['n']}" if name == "best_of_n" else f"{points[0]['rollouts']} rollouts"
             mean = {key: float(np.mean([p[key] for p in points])) for key in points[0]}
             cells = [f"{mean['kl']:.1f}", f"{mean['proxy']:+.2f}", f"{mean['gold']:.2f}"]
