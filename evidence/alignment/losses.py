@@ -215,6 +215,7 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
         gain = sum(a["gold"] - s["gold"] for a, s in mine) / len(mine)
         right.plot(kl, gain, "o", color="C0")
         right.annotate(claim["arm"], (kl, gain), fontsize=7, xytext=(3, 2), textcoords="offset points")
+    right.set_xscale("log")
     right.set_xlabel("KL from the SFT model, nats an answer")
     right.set_ylabel("gold reward over the SFT model, points")
     figure.tight_layout()
