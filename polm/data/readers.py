@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,27 +34,37 @@ from polm.errors import DataError, StoreError
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 
 
-def read_weighted_documents(path: Path) -> list[Document]:
+def iterate_documents(path: Path) -> Iterator[Document]:
     """Reads plain documents: {"text": ...} rows, or a `.txt` file with blank lines between documents."""
-    return [build_document(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (build_document(f"{path}:{line}", row) for line, row in read_rows(path))
+
+
+def read_weighted_documents(path: Path) -> list[Document]:
+    """All of `iterate_documents`."""
+    return list(iterate_documents(path))
 
 
 def read_documents(path: Path) -> list[str]:
-    """The texts of `read_weighted_documents`."""
-    return [document.text for document in read_weighted_documents(path)]
+    """The texts of `iterate_documents`."""
+    return [document.text for document in iterate_documents(path)]
 
 
-def read_conversations(path: Path) -> list[Conversation]:
+def iterate_conversations(path: Path) -> Iterator[Conversation]:
     """Reads conversations; each row may have a format of its own (see CONVERSATION_FORMATS).
 
     Raises:
         DataError: an unknown layout, an unknown role, contents that are not text, records that refer to images or
             other media, or a conversation in which the assistant says nothing.
     """
-    return [_build_conversation(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (_build_conversation(f"{path}:{line}", row) for line, row in read_rows(path))
 
 
-def read_preferences(path: Path) -> list[Preference]:
+def read_conversations(path: Path) -> list[Conversation]:
+    """All of `iterate_conversations`."""
+    return list(iterate_conversations(path))
+
+
+def iterate_preferences(path: Path) -> Iterator[Preference]:
     """Reads preference pairs (see `normalise.PREFERENCE_FORMATS`).
 
     Without a prompt, the prompt is what the two conversations have in common at their beginning. An empty reply is
@@ -63,12 +73,22 @@ def read_preferences(path: Path) -> list[Preference]:
     Raises:
         DataError: an unknown layout, or replies of more than one message.
     """
-    return [build_preference(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (build_preference(f"{path}:{line}", row) for line, row in read_rows(path))
+
+
+def read_preferences(path: Path) -> list[Preference]:
+    """All of `iterate_preferences`."""
+    return list(iterate_preferences(path))
+
+
+def iterate_feedback(path: Path) -> Iterator[Feedback]:
+    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
+    return (build_feedback(f"{path}:{line}", row) for line, row in read_rows(path))
 
 
 def read_feedback(path: Path) -> list[Feedback]:
-    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
-    return [build_feedback(f"{path}:{line}", row) for line, row in read_rows(path)]
+    """All of `iterate_feedback`."""
+    return list(iterate_feedback(path))
 
 
 def is_feedback(path: Path) -> bool:

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from polm.data.packing import pack_best_fit
+from polm.data.tree_store import measure_trees
 from polm.engine.score import score, score_top_k
-from polm.tokens import Array, Tree, collate, tree_length
+from polm.tokens import Array, Tree, collate
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,9 @@ def annotate_trees(
 
     Trees of like length share a bin, so that attention pads little. `report` receives (bins done, bins).
     """
-    lengths = [tree_length(tree) for tree in trees]
+    lengths = measure_trees(trees)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    order = sorted(range(len(trees)), key=lambda i: (-lengths[i], i))
-    bins = pack_best_fit(lengths, max(bin_tokens, max(lengths)), order)
+    bins = pack_best_fit(lengths, max(bin_tokens, int(lengths.max())), np.argsort(-lengths, kind="stable"))
     total = int(offsets[-1])
     out = Annotation(np.zeros(total, dtype=np.float32))
     if top_k:

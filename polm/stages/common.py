@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.config import Settings
-from polm.data.examples import Ledger, attach_streams
+from polm.data.examples import Ledger
 from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, pack_trees
+from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import pick_device, set_threads, use_bf16
@@ -32,7 +33,7 @@ from polm.models.loading import count_parameters, load_model, load_tokenizer, sa
 from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
-from polm.tokens import Array, Objective, Tree, tree_length
+from polm.tokens import Array, Objective, Tree
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -165,7 +166,8 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
 
     A pair of two long answers is longer than the context; the longest tree then sets the length of the bins.
     """
-    bin_tokens = max(settings.bin_tokens, max(map(tree_length, trees), default=0))
+    lengths = measure_trees(trees)
+    bin_tokens = max(settings.bin_tokens, int(lengths.max(initial=0)))
     packed = pack_trees(
         trees,
         bin_tokens=bin_tokens,
@@ -178,7 +180,7 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
     ledger["bins"] += len(packed.bins)
     unseen = packed.find_unseen()
     ledger["not_reached"] += len(unseen)
-    ledger["tokens_not_reached"] += sum(tree_length(trees[i]) for i in unseen)
+    ledger["tokens_not_reached"] += int(lengths[unseen].sum())
     ledger["tokens_of_room_unused"] += len(packed.bins) * bin_tokens - ledger["tokens_kept"]
     return packed
 
@@ -301,12 +303,12 @@ def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Seq
     return Annotation(arrays["logprobs"], ids[:, :top_k].astype(np.int64), values[:, :top_k])
 
 
-def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation) -> list[Tree]:
+def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation) -> Sequence[Tree]:
     """Put scores beside the tokens, as the streams `<prefix>_logprobs` and, with top-k, `<prefix>_ids`, `_topk`."""
     streams = {f"{prefix}_logprobs": annotation.logprobs}
     if annotation.top_ids is not None and annotation.top_logprobs is not None:
         streams |= {f"{prefix}_ids": annotation.top_ids, f"{prefix}_topk": annotation.top_logprobs}
-    return attach_streams(trees, streams)
+    return AttachedTrees(trees, streams)
 
 
 def new_ledger() -> Ledger:

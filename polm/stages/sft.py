@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polm.data.examples import build_conversation_trees
-from polm.data.readers import read_conversations
+from polm.data.readers import iterate_conversations
 from polm.objectives.ntp import build_ntp
 from polm.recipe import SFTSettings
 from polm.stages.common import (
@@ -28,11 +28,12 @@ def run(settings: SFTSettings, context: Context) -> StageResult:
     ledger = new_ledger()
     trees = build_conversation_trees(
         base.tokenizer,
-        read_conversations(input_file(context, "data", "sft.jsonl")),
+        iterate_conversations(input_file(context, "data", "sft.jsonl")),
         context=min(settings.bin_tokens, base.max_positions),
         too_long=settings.too_long,
         train_on=settings.train_on,
         ledger=ledger,
+        folder=context.workdir,
     )
     return train_on_trees(context, base, trees, build_ntp(), settings, ledger)
 

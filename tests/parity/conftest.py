@@ -116,7 +116,8 @@ def check_agreement(
     denominator = sum(float(loss.denominator) for loss in losses)
     our_loss = sum((loss.total for loss in losses), torch.zeros(())) / denominator
     our_loss.backward()
-    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    # Losses that are near zero are differences of numbers near one (or were one until the caller took it off).
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5, abs=5e-7)
     theirs = {name: p.grad for name, p in their_model.named_parameters()}
     ours = {name: p.grad for name, p in learner.named_parameters()}
     assert ours.keys() == theirs.keys()
