@@ -326,6 +326,33 @@ class DPOSettings(PackedSettings):
         return self
 
 
+class RewardModelSettings(PackedSettings):
+    """A reward model from comparisons. `bin_tokens` is also the longest prompt with one answer."""
+
+    center_coefficient: NotNegative = Field(0.0, description="weight of (c + r)^2, which keeps rewards around 0")
+    holdout_share: BelowOne = Field(
+        0.1, description="share of prompts that is not trained on but reported on; 0 = none"
+    )
+    head_spread: NotNegative | None = Field(
+        None, description="deviation of a fresh head's weights; default 1 / sqrt(width + 1), 0 = rewards begin at 0"
+    )
+
+
+class ProcessRewardModelSettings(PackedSettings):
+    """A process reward model from answers whose steps are labelled."""
+
+    separator: Annotated[str, Field(min_length=1)] = Field(
+        "\n", description="text behind each step; its last token is where the step is scored"
+    )
+    last_step_only: bool = Field(False, description="learn from the label of the last step alone (an outcome model)")
+    holdout_share: BelowOne = Field(
+        0.1, description="share of prompts that is not trained on but reported on; 0 = none"
+    )
+    head_spread: NotNegative | None = Field(
+        None, description="deviation of a fresh head's weights; default 1 / sqrt(width + 1), 0 = all steps begin at 1/2"
+    )
+
+
 class GRPOSettings(TrainSettings):
     """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
 

@@ -19,6 +19,7 @@ from polm import recipe
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings
+from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
 from polm.flywheel.runner import build_plan
@@ -155,7 +156,9 @@ def test_every_setting_has_a_reader() -> None:
     assert dead == set()
 
 
-def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any) -> None:
+def test_every_setting_is_read_when_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any, step_rows: Any
+) -> None:
     """The same, but of the right section: `samples` of pairs is not read by reading `samples` of eval."""
     read: set[str] = set()
 
@@ -167,7 +170,7 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
+    for name in ("eval", "reward_model", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
@@ -187,6 +190,10 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
         {},
         tmp_path / "folder",
     )
+    write_jsonl(tmp_path / "stepwise.jsonl", step_rows)
+    steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
+    inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
+    workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
     texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
     files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")

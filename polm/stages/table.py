@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from polm.stages import annotate, data, dpo, eval, grpo, microscope, midtrain, pairs, pretrain, sft, tokenizer
+from polm.stages import (
+    annotate,
+    data,
+    dpo,
+    eval,
+    grpo,
+    microscope,
+    midtrain,
+    pairs,
+    pretrain,
+    process_reward_model,
+    reward_model,
+    sft,
+    tokenizer,
+)
 from polm.stages.common import Stage
 
 STAGES: dict[str, Stage] = {
@@ -15,6 +29,8 @@ STAGES: dict[str, Stage] = {
     "sft": sft.STAGE,
     "pairs": pairs.STAGE,
     "dpo": dpo.STAGE,
+    "reward_model": reward_model.STAGE,
+    "process_reward_model": process_reward_model.STAGE,
     "grpo": grpo.STAGE,
     "eval": eval.STAGE,
 }
