@@ -376,6 +376,9 @@ class RolloutSettings(TrainSettings, RewardSettings):
     top_k: Number = 0
     max_new_tokens: Count = 64
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    importance_cap: Positive | None = Field(
+        None, description="weight what the generator drew by min(p_trainer / p_generator, this); none = as it is"
+    )
     kl_groups: Number = Field(
         4,
         description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",

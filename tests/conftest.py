@@ -41,6 +41,7 @@ from polm.recipe import (
     SFTSettings,
     TokenizerSettings,
 )
+from polm.recipe_rl import ReinforcePPSettings, ReMaxSettings, RLOOSettings
 from polm.rewards import sources
 from polm.rewards.verify import Verdict, VerifyItem
 from polm.stages import pairs
@@ -56,6 +57,7 @@ SHAPE = ModelShape(
 )
 MUON = OptimizerSettings(kind="muon", learning_rate=0.02, embedding_learning_rate=0.01)
 LENGTH: dict[str, Any] = {"bin_tokens": 192, "precision": "fp32", "optimizer": MUON}
+ROLLOUTS: dict[str, Any] = {**LENGTH, "prompts_per_rollout": 4, "samples": 4, "max_new_tokens": 8}
 MIDTRAIN: dict[str, Any] = {**LENGTH, "updates": 6, "bins_per_update": 2}
 
 Spec = tuple[str, Settings, Mapping[str, str]]
@@ -84,6 +86,17 @@ ARTIFACTS: dict[str, Spec] = {
         ),
         {"base": "dpo", "data": "data"},
     ),
+    "rloo": (
+        "rloo",
+        RLOOSettings(**ROLLOUTS, updates=4, updates_per_rollout=2, kl_beta=0.05),
+        {"base": "dpo", "data": "data"},
+    ),
+    "reinforce_pp": (
+        "reinforce_pp",
+        ReinforcePPSettings(**ROLLOUTS, updates=2, kl_beta=0.05, baseline="group", importance_cap=2.0),
+        {"base": "dpo", "data": "data"},
+    ),
+    "remax": ("remax", ReMaxSettings(**ROLLOUTS, updates=2), {"base": "dpo", "data": "data"}),
     "annotate": (
         "annotate",
         AnnotateSettings(top_k=4, max_tokens=192, precision="fp32"),

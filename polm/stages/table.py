@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from polm.stages import annotate, data, dpo, eval, grpo, microscope, midtrain, pairs, pretrain, sft, tokenizer
+from polm.stages import (
+    annotate,
+    data,
+    dpo,
+    eval,
+    grpo,
+    microscope,
+    midtrain,
+    pairs,
+    pretrain,
+    reinforce_pp,
+    remax,
+    rloo,
+    sft,
+    tokenizer,
+)
 from polm.stages.common import Stage
 
 STAGES: dict[str, Stage] = {
@@ -16,5 +31,8 @@ STAGES: dict[str, Stage] = {
     "pairs": pairs.STAGE,
     "dpo": dpo.STAGE,
     "grpo": grpo.STAGE,
+    "rloo": rloo.STAGE,
+    "reinforce_pp": reinforce_pp.STAGE,
+    "remax": remax.STAGE,
     "eval": eval.STAGE,
 }

@@ -15,14 +15,8 @@ from polm.errors import DataError
 from polm.flywheel.store import compute_key
 from polm.rewards.base import Reward
 from polm.rollout.generate import Completion
-from polm.stages.rollouts import (
-    build_rollout_trees,
-    collect_tokens,
-    describe_sample,
-    judge_completions,
-    spread_streams,
-    summarise,
-)
+from polm.stages.rollout_source import collect_tokens, spread_streams
+from polm.stages.rollouts import build_rollout_trees, describe_sample, judge_completions, summarise
 from polm.stages.table import STAGES
 from polm.tokens import collate
 
