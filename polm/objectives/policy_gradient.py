@@ -5,10 +5,10 @@ A completion is a segment with at least one target token.
 With level "sequence" the ratio is that of the whole completion, the product of its tokens' (RLOO, arXiv 2402.14740,
 treats a completion as one action): its loss is that of one action where `normalize` is "sequences".
 
-With `importance_cap` C the clipped part of the loss (not the KL) is multiplied by min(p_old / p_sampler, C), a constant:
-what the generator drew with other probabilities than the trainer's is weighted back (truncated importance sampling, Yao
-et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). p_old is the trainer's before
-the first update on the samples, so with one update a rollout the loss's own scores serve, and none are made for it.
+With `importance_cap` C the clipped part of the loss (not the KL) is multiplied by min(p_old / p_sampler, C), without a
+gradient: what the generator drew with other probabilities than the trainer's is weighted back (truncated importance
+sampling, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). p_old is the
+trainer's before the first update on the samples, so with one update a rollout the loss's own scores serve.
 
 Shape suffixes: N target tokens, S segments.
 """
@@ -52,8 +52,8 @@ def build_policy_gradient(
       "constant"   by the number of completions times `max_completion_tokens` (Dr. GRPO, arXiv 2503.20783)
 
     Reads the stream `advantages`; `old_logprobs` where there is one (without it the learner's own, detached: exactly
-    on-policy, the ratio is 1); `sampler_logprobs` with `importance_cap`, and for metrics where there is one;
-    `ref_logprobs` when kl_beta > 0. Raises RecipeError for a number out of range.
+    on-policy, the ratio is 1); `sampler_logprobs` for `importance_cap`, and for metrics; `ref_logprobs` when
+    kl_beta > 0. Raises RecipeError for a number out of range.
 
     Metrics (means over target tokens): `rl/ratio_mean`, `rl/clip_low_fraction` (ratio below, advantage negative),
     `rl/clip_high_fraction` (ratio above, advantage positive), `rl/approx_kl` (k3 of KL(old || learner)), `rl/kl` (the
@@ -64,6 +64,7 @@ def build_policy_gradient(
     `rl/importance_capped_fraction`.
     """
     _check(clip_low, clip_high, kl_beta, normalize, max_completion_tokens, importance_cap)
+    extra = ("ref_logprobs",) * (kl_beta > 0.0) + ("sampler_logprobs",) * (importance_cap is not None)
 
     def compute(scores: Scores, batch: TokenBatch) -> Loss:
         loss_N, per_token = compute_clipped(scores, batch, clip_low=clip_low, clip_high=clip_high, level=level)
@@ -85,11 +86,7 @@ def build_policy_gradient(
         name="policy_gradient",
         compute=compute,
         needs=Needs(entropy=log_entropy),
-        reads=(
-            *("weights", "advantages"),
-            *(("ref_logprobs",) if kl_beta > 0.0 else ()),
-            *(("sampler_logprobs",) if importance_cap is not None else ()),
-        ),
+        reads=("weights", "advantages", *extra),
     )
 
 
