@@ -38,6 +38,7 @@ from polm.recipe import (
     OptimizerSettings,
     PairsSettings,
     PretrainSettings,
+    RewardModelSettings,
     SFTSettings,
     TokenizerSettings,
 )
@@ -79,6 +80,11 @@ ARTIFACTS: dict[str, Spec] = {
         {"base": "sft", "data": "data"},
     ),
     "dpo": ("dpo", DPOSettings(**LENGTH, epochs=6), {"base": "sft", "data": "pairs"}),
+    "reward_model": (
+        "reward_model",
+        RewardModelSettings(**LENGTH, epochs=12, bins_per_update=2, center_coefficient=0.01, holdout_share=0.3),
+        {"base": "sft", "data": "pairs"},
+    ),
     "grpo": (
         "grpo",
         GRPOSettings(
@@ -214,3 +220,14 @@ def other_model(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer = train_tokenizer(texts, kind="word", vocab_size=200)
     save_model(build_tiny_model(len(tokenizer)), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def step_rows() -> list[dict[str, Any]]:
+    """Answers in two or three steps, whose label says whether a step is right."""
+    rows = []
+    for i in range(24):
+        good = [i % 3 != 0, i % 2 == 0, i % 5 != 0][: 2 + i % 2]
+        steps = [f"{n} + {i} = {n + i + (not right)}" for n, right in enumerate(good)]
+        rows.append({"prompt": f"add {i} and {i % 4} .", "completions": steps, "labels": good})
+    return rows

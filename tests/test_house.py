@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_rl
+from polm import recipe, recipe_rewards, recipe_rl
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings
+from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
 from polm.flywheel.runner import build_plan
@@ -33,7 +34,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_rl"},
+    {"tokens", "errors", "config", "recipe", "recipe_rewards", "recipe_rl"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -59,7 +60,8 @@ RL = ("rloo", "reinforce_pp", "remax")
 ROLLOUT_SETTINGS = ("GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax")
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py", "recipe_rl.py"}
+RECIPES = (recipe, recipe_rewards, recipe_rl)
+BOOKKEEPERS = {"config.py", "recipe.py", "recipe_rewards.py", "recipe_rl.py"}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -130,7 +132,7 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for module in (recipe, recipe_rl)
+        for module in RECIPES
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
@@ -152,7 +154,7 @@ def test_every_setting_has_a_reader() -> None:
     read = {
         node.attr
         for path in FILES
-        if path.name not in ("recipe.py", "recipe_rl.py")
+        if path.name not in BOOKKEEPERS
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
@@ -160,7 +162,9 @@ def test_every_setting_has_a_reader() -> None:
     assert dead == set()
 
 
-def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any) -> None:
+def test_every_setting_is_read_when_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any, step_rows: Any
+) -> None:
     """The same, but of the right section: `samples` of pairs is not read by reading `samples` of eval."""
     read: set[str] = set()
 
@@ -172,7 +176,7 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible", "microscope", *RL):
+    for name in ("eval", "reward_model", "remit", "shuffled", "rho1", "distill", "plausible", "microscope", *RL):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
@@ -192,6 +196,10 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
         {},
         tmp_path / "folder",
     )
+    write_jsonl(tmp_path / "stepwise.jsonl", step_rows)
+    steps = recipe.ProcessRewardModelSettings(updates=1, bin_tokens=192, separator=";")
+    inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
+    workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
     texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
     files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")

@@ -326,6 +326,8 @@ STAGE_HELP = {
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs from a model's own samples",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
+    "reward_model": "a reward model from preference pairs",
+    "process_reward_model": "a process reward model from labelled steps",
     "grpo": "reinforcement learning with verifiable rewards",
     "rloo": "reinforcement learning with a leave-one-out baseline",
     "reinforce_pp": "reinforcement learning by REINFORCE++",

@@ -10,6 +10,7 @@ FOLDED = (
     *("rl/approx_kl", "rl/ratio_mean", "rl/clip_low_fraction", "rl/clip_high_fraction", "rl/unjudged"),
     *("rl/sampler_gap", "rl/sampler_gap_max"),
     *("dpo/chosen_logprob", "dpo/rejected_logprob", "dpo/chosen_reward", "dpo/rejected_reward"),
+    *("reward/chosen", "reward/rejected", "steps/right", "steps/label"),
 )
 # The likelihood that every arm of mid-training logs in the same way, whatever its objective.
 PLAIN_NLL = "ntp/nll"
@@ -84,6 +85,13 @@ WORDS = {
         "nats per answer",
         "What an answer's gain is held against: KTO's estimate of the divergence, or BCO's shift.",
     ),
+    "reward/accuracy": ("share of pairs", "Pairs that the reward model ranks as people did, before the update."),
+    "reward/margin": ("reward", "How much higher the chosen answers are rated than the rejected ones."),
+    "reward/chosen": ("reward", "Rewards of the chosen answers; only differences mean something."),
+    "reward/rejected": ("reward", "Rewards of the rejected answers."),
+    "steps/accuracy": ("share of steps", "Steps that are called right or wrong as they are labelled."),
+    "steps/right": ("probability", "How likely a step is held to be right, on average; near the labels' mean."),
+    "steps/label": ("label", "The labels' mean: the share of right steps."),
 }
 
 LOSS_WORDS = {
@@ -95,6 +103,8 @@ LOSS_WORDS = {
         f"compare {PLAIN_NLL} instead.",
     ),
     "grpo": ("loss", "The loss of the policy gradient. It hovers around zero and says little; the reward counts."),
+    "reward_model": ("nats per pair", "The comparison loss; ln 2 = 0.693 is telling no answers apart."),
+    "process_reward_model": ("nats per step", "The cross-entropy of the steps' labels."),
     "dpo": ("loss", "The preference loss. Plain DPO's starts at ln 2 = 0.693, where the model prefers neither answer."),
 }
 

@@ -65,7 +65,7 @@ STAGE = Stage(
     GRPOSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference",),
+    optional_inputs=("reference", "reward_model"),
     version=2,
     summary="reinforcement learning with verifiable rewards",
 )

@@ -53,6 +53,6 @@ STAGE = Stage(
     ReinforcePPSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference",),
+    optional_inputs=("reference", "reward_model"),
     summary="reinforcement learning by REINFORCE++",
 )

@@ -59,6 +59,6 @@ STAGE = Stage(
     ReMaxSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference",),
+    optional_inputs=("reference", "reward_model"),
     summary="reinforcement learning with the greedy answer as the baseline",
 )

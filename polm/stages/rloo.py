@@ -52,6 +52,6 @@ STAGE = Stage(
     RLOOSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference",),
+    optional_inputs=("reference", "reward_model"),
     summary="reinforcement learning with a leave-one-out baseline",
 )

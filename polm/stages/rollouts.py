@@ -23,15 +23,17 @@ from polm.data.examples import Ledger
 from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import Prompt, read_prompts
 from polm.engine.checkpoint import list_checkpoints
-from polm.engine.device import sample_in_bf16
+from polm.engine.device import pick_device, sample_in_bf16, use_bf16
 from polm.engine.fit import MetricsLog
-from polm.errors import DataError
+from polm.errors import DataError, RecipeError
+from polm.models.heads import read_layout
 from polm.models.loading import count_parameters
 from polm.recipe import RolloutSettings
 from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem
+from polm.rewards.reward_model import load_process_reward_model, load_reward_model
 from polm.rewards.sources import build_rewarder
 from polm.rollout.generate import Completion, SamplingParams, generate
-from polm.stages.common import Base, Context, input_file
+from polm.stages.common import Base, Context, input_file, model_folder
 from polm.text.chat import render_prompt, stop_token_ids
 from polm.tokens import Array, Tree, build_completions
 
@@ -164,7 +166,7 @@ def build_sampler(
         prompts=prompts,
         encoded=encoded,
         settings=settings,
-        rewarder=build_rewarder(settings),
+        rewarder=load_rewarder(settings, context, base),
         num_updates=num_updates,
         updates_per_rollout=updates_per_rollout,
         workdir=context.workdir,
@@ -172,6 +174,27 @@ def build_sampler(
     )
     sampler.open_logs()
     return sampler
+
+
+def load_rewarder(settings: RolloutSettings, context: Context, base: Base) -> Rewarder:
+    """What judges the answers; `reward: model` reads the input `reward_model`, a reward model or one of steps.
+
+    RecipeError where the setting and the input do not go together.
+    """
+    given = context.inputs.get("reward_model")
+    if ("model" in settings.reward) != (given is not None):
+        raise RecipeError(
+            f"reward is {', '.join(settings.reward)} and the input reward_model is {given or 'not given'}: "
+            "`reward: model` and reward_model=FOLDER go together"
+        )
+    if given is None:
+        return build_rewarder(settings)
+    name = model_folder(given)
+    device = pick_device()
+    more: dict[str, Any] = {"device": device, "bf16": use_bf16(settings.precision, device)}
+    if read_layout(name) == "token":
+        return build_rewarder(settings, {"model": load_process_reward_model(name, **more)})
+    return build_rewarder(settings, {"model": load_reward_model(name, base.tokenizer, **more)})
 
 
 def judge_completions(
