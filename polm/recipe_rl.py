@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from polm.recipe import Count, Positive, RolloutSettings, Share
+from polm.recipe import Count, NotNegative, OptimizerSettings, Positive, RolloutSettings, Share
 
 
 class ReinforceSettings(RolloutSettings):
@@ -55,3 +55,34 @@ class ReMaxSettings(ReinforceSettings):
 
     samples: Count = 1
     normalize: Literal["tokens", "sequences", "constant"] = "constant"
+
+
+class PPOSettings(RolloutSettings):
+    """PPO with a critic. A rollout is dealt to `minibatches` parts of whole groups, an update each, and gone through
+    `epochs_per_rollout` times."""
+
+    samples: Count = 1
+    kl_beta: NotNegative = Field(0.05, description="weight of the KL penalty to the starting model; 0 = none")
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_target: Positive | None = Field(
+        None, description="nats an answer: kl_beta is steered so that KL comes to it; none = kl_beta stays as it is"
+    )
+    kl_horizon: Positive = Field(10_000.0, description="answers in which kl_beta may change by the KL's error")
+    epochs_per_rollout: Count = 4
+    minibatches: Count = 1
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    value_clip: Positive | None = Field(0.2, description="how far a value may move from the rollout's; none = freely")
+    whiten_rewards: bool = Field(False, description="divide the tokens' rewards by their spread over the rollout")
+    whiten_advantages: bool = True
+    critic_optimizer: OptimizerSettings = OptimizerSettings()
+
+    @model_validator(mode="after")
+    def _check_ppo(self) -> PPOSettings:
+        if self.prompts_per_rollout < self.minibatches:
+            raise ValueError("prompts_per_rollout must be at least minibatches: each takes whole groups")
+        if self.kl_target is not None and (self.kl_in == "loss" or self.kl_beta == 0):
+            raise ValueError("kl_target steers a KL penalty in the reward: it needs kl_in: reward and kl_beta above 0")
+        return self

@@ -42,7 +42,7 @@ from polm.recipe import (
     SFTSettings,
     TokenizerSettings,
 )
-from polm.recipe_rl import ReinforcePPSettings, ReMaxSettings, RLOOSettings
+from polm.recipe_rl import PPOSettings, ReinforcePPSettings, ReMaxSettings, RLOOSettings
 from polm.rewards import sources
 from polm.rewards.verify import Verdict, VerifyItem
 from polm.stages import pairs
@@ -103,6 +103,20 @@ ARTIFACTS: dict[str, Spec] = {
         {"base": "dpo", "data": "data"},
     ),
     "remax": ("remax", ReMaxSettings(**ROLLOUTS, updates=2), {"base": "dpo", "data": "data"}),
+    "ppo": (
+        "ppo",
+        PPOSettings(
+            **ROLLOUTS,
+            updates=8,
+            epochs_per_rollout=2,
+            minibatches=2,
+            kl_target=0.5,
+            kl_horizon=32,
+            whiten_rewards=True,
+            critic_optimizer=OptimizerSettings(learning_rate=0.01),
+        ),
+        {"base": "dpo", "data": "data"},
+    ),
     "annotate": (
         "annotate",
         AnnotateSettings(top_k=4, max_tokens=192, precision="fp32"),

@@ -56,8 +56,8 @@ HANDED_ON = {
 }
 
 # Stages that learn from rollouts, beside grpo, and the classes that their settings share.
-RL = ("rloo", "reinforce_pp", "remax")
-ROLLOUT_SETTINGS = ("GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax")
+RL = ("rloo", "reinforce_pp", "remax", "ppo")
+ROLLOUT_SETTINGS = ("GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
 RECIPES = (recipe, recipe_rewards, recipe_rl)

@@ -332,6 +332,7 @@ STAGE_HELP = {
     "rloo": "reinforcement learning with a leave-one-out baseline",
     "reinforce_pp": "reinforcement learning by REINFORCE++",
     "remax": "reinforcement learning with the greedy answer as the baseline",
+    "ppo": "reinforcement learning by PPO, with a critic",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

@@ -65,7 +65,7 @@ class Credit:
 
 # Gives credit to the tokens of a rollout; the last argument decodes its prompts greedily, where that is asked for.
 Assign = Callable[[Rollout, RolloutTokens, Callable[[], Rollout]], Credit]
-Scorer = Callable[[PreTrainedModel, TokenBatch], Tensor]  # values [N] of a batch under the model that is trained
+Scorer = Callable[[TokenBatch], Tensor]  # the critic's values [N] of a batch
 
 
 @dataclass
@@ -131,7 +131,7 @@ class RolloutSource:
         if self.reference is not None:
             batches = [self._with_scores(batch, self.reference, "ref_logprobs") for batch in batches]
         if self.score_values is not None:
-            batches = [add_stream(batch, "old_values", self.score_values(model, batch)) for batch in batches]
+            batches = [add_stream(batch, "old_values", self.score_values(batch)) for batch in batches]
         return batches
 
     @torch.no_grad()

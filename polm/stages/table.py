@@ -11,6 +11,7 @@ from polm.stages import (
     microscope,
     midtrain,
     pairs,
+    ppo,
     pretrain,
     process_reward_model,
     reinforce_pp,
@@ -38,5 +39,6 @@ STAGES: dict[str, Stage] = {
     "rloo": rloo.STAGE,
     "reinforce_pp": reinforce_pp.STAGE,
     "remax": remax.STAGE,
+    "ppo": ppo.STAGE,
     "eval": eval.STAGE,
 }
