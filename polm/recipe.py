@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from polm.config import Settings
+from polm.recipe_rewards import RewardSettings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -353,27 +354,35 @@ class ProcessRewardModelSettings(PackedSettings):
     )
 
 
-class GRPOSettings(TrainSettings):
-    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+class RolloutSettings(TrainSettings, RewardSettings):
+    """What every stage has that learns from its own samples."""
 
     prompts_per_rollout: Count = 32
-    samples: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: Count = 1
+    samples: Count = Field(8, description="answers to each prompt of a rollout")
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Number = 0
     max_new_tokens: Count = 64
-    clip_low: Share = 0.2
-    clip_high: Positive = 0.2
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    importance_cap: Positive | None = Field(
+        None, description="weight what the generator drew by min(p_trainer / p_generator, this); none = as it is"
+    )
     kl_groups: Number = Field(
         4,
         description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",
         json_schema_extra=NOT_SEMANTIC,
     )
+
+
+class GRPOSettings(RolloutSettings):
+    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+
+    samples: Annotated[int, Field(ge=2)] = 8
+    updates_per_rollout: Count = 1
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
     normalize: Literal["tokens", "sequences", "constant"] = "tokens"
     advantage_scale: Literal["std", "none"] = "std"
-    time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")
 
     @model_validator(mode="after")
     def _check_parts(self) -> GRPOSettings:

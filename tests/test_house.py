@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe
+from polm import recipe, recipe_rewards, recipe_rl
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings
@@ -34,7 +34,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe"},
+    {"tokens", "errors", "config", "recipe", "recipe_rewards", "recipe_rl"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -55,9 +55,13 @@ HANDED_ON = {
     "ModelShape": "build_model(**model_dump): its parameters carry the same names",
 }
 
+# Stages that learn from rollouts, beside grpo, and the classes that their settings share.
+RL = ("rloo", "reinforce_pp", "remax", "ppo")
+ROLLOUT_SETTINGS = ("GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py"}
+RECIPES = (recipe, recipe_rewards, recipe_rl)
+BOOKKEEPERS = {"config.py", "recipe.py", "recipe_rewards.py", "recipe_rl.py"}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -67,7 +71,8 @@ READ_ELSEWHERE = {
     "FilesData.media": "data stage, with records that refer to images",
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
-    "GRPOSettings.epochs": "grpo stage, without updates",
+    **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
+    **{f"{kind}Settings.batch_limit": "rewards, with reward: function" for kind in ("Reward", *ROLLOUT_SETTINGS)},
     "Recipe.workers": "the command line",
 }
 
@@ -127,8 +132,9 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for name, value in vars(recipe).items()
-        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == recipe.__name__
+        for module in RECIPES
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
 
 
@@ -148,7 +154,7 @@ def test_every_setting_has_a_reader() -> None:
     read = {
         node.attr
         for path in FILES
-        if path.name != "recipe.py"
+        if path.name not in BOOKKEEPERS
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
@@ -170,7 +176,7 @@ def test_every_setting_is_read_when_stages_run(
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "reward_model", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
+    for name in ("eval", "reward_model", "remit", "shuffled", "rho1", "distill", "plausible", "microscope", *RL):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
@@ -243,7 +249,13 @@ def test_a_stage_has_one_name(name: str) -> None:
 
 
 def test_there_is_no_stage_beside_the_table() -> None:
-    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "common", "table"}
+    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {
+        "__init__",
+        "common",
+        "rollout_source",
+        "rollouts",
+        "table",
+    }
     assert files == set(STAGES)
     assert set(STAGE_HELP) == set(STAGES)
 

@@ -329,6 +329,10 @@ STAGE_HELP = {
     "reward_model": "a reward model from preference pairs",
     "process_reward_model": "a process reward model from labelled steps",
     "grpo": "reinforcement learning with verifiable rewards",
+    "rloo": "reinforcement learning with a leave-one-out baseline",
+    "reinforce_pp": "reinforcement learning by REINFORCE++",
+    "remax": "reinforcement learning with the greedy answer as the baseline",
+    "ppo": "reinforcement learning by PPO, with a critic",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

@@ -6,6 +6,7 @@ Shape suffixes: N targets, D width, V vocabulary, K token ids scored per target 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.errors import ModelError
+from polm.models.actor_critic import ActorCritic, Trained
 from polm.models.forest_attention import round_rows
 from polm.models.heads import compute_values, find_scalar_head
 from polm.models.loading import compute_hidden, output_head
@@ -27,7 +29,7 @@ def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def score(
-    model: PreTrainedModel,
+    model: Trained,
     batch: TokenBatch,
     needs: Needs | None = None,
     *,
@@ -39,9 +41,14 @@ def score(
     `temperature` divides the logits, so that a tempered policy is trained as it was sampled. Gradients flow to the
     model when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
 
-    A scalar model gives values (`needs.values`) and nothing else; ModelError where an objective and a model do not fit.
+    A scalar model gives values (`needs.values`) and nothing else, a policy with its critic both; ModelError where an
+    objective and a model do not fit.
     """
     needs = needs or Needs()
+    if isinstance(model, ActorCritic):
+        scores = score(model.policy, batch, replace(needs, values=False), temperature=temperature, bf16=bf16)
+        values = score(model.critic, batch, Needs(values=True), bf16=bf16) if needs.values else None
+        return scores if values is None else replace(scores, values_TL=values.values_TL)
     device = batch.tokens_T.device.type
     _require_fit(model, needs)
     with autocast(device, bf16):

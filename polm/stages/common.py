@@ -23,13 +23,14 @@ from polm.config import Settings
 from polm.data.examples import Ledger
 from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, pack_trees
-from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.data.readers import write_json
+from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import pick_device, set_threads, use_bf16
-from polm.engine.fit import BatchSource, fit
+from polm.engine.fit import BatchSource, Part, fit
 from polm.errors import DataError, ModelError, StoreError, UserError
+from polm.models.actor_critic import ActorCritic
 from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
 from polm.recipe import PackedSettings, TrainSettings
@@ -150,12 +151,24 @@ def train(
     *,
     temperature: float = 1.0,
     more: Mapping[str, Any] | None = None,
+    pair: ActorCritic | None = None,
+    parts: Sequence[Part] = (),
 ) -> StageResult:
-    """Fit, save an ordinary checkpoint to `model/`, and sum up."""
+    """Fit, save an ordinary checkpoint to `model/`, and sum up. With `pair`, of which `base` is the policy, the critic
+    is trained too, and goes to `critic/`."""
     result = fit(
-        base.model, source, objective, settings, context.workdir, temperature=temperature, report=context.report
+        pair or base.model,
+        source,
+        objective,
+        settings,
+        context.workdir,
+        temperature=temperature,
+        report=context.report,
+        parts=parts,
     )
     save_model(base.model, base.tokenizer, context.workdir / "model")
+    if pair is not None:
+        save_model(pair.critic, base.tokenizer, context.workdir / "critic")
     remove_checkpoints(context.workdir)
     numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}
     summary = {

@@ -11,9 +11,13 @@ from polm.stages import (
     microscope,
     midtrain,
     pairs,
+    ppo,
     pretrain,
     process_reward_model,
+    reinforce_pp,
+    remax,
     reward_model,
+    rloo,
     sft,
     tokenizer,
 )
@@ -32,5 +36,9 @@ STAGES: dict[str, Stage] = {
     "reward_model": reward_model.STAGE,
     "process_reward_model": process_reward_model.STAGE,
     "grpo": grpo.STAGE,
+    "rloo": rloo.STAGE,
+    "reinforce_pp": reinforce_pp.STAGE,
+    "remax": remax.STAGE,
+    "ppo": ppo.STAGE,
     "eval": eval.STAGE,
 }
