@@ -234,6 +234,10 @@ class MidtrainSettings(PackedSettings):
 
 
 class SFTSettings(PackedSettings):
+    loss: Literal["nll", "dft"] = Field("nll", description="dft: each token's loss is weighted by its own probability")
+    neftune_alpha: NotNegative = Field(
+        0.0, description="NEFTune: scale of the noise on the input embeddings while training; 0 = none, papers use 5"
+    )
     train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last")
     chat_template: str | None = Field(None, description="set this template of ours; needed where the base has none")
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from polm.models.forest_attention import round_rows
 from polm.models.loading import compute_hidden, output_head
+from polm.signals.noise import draw_embedding_noise
 from polm.tokens import Needs, Scores, TokenBatch
 
 MAX_LOGITS = 1 << 24  # logits of one chunk: 64 MB in float32
@@ -34,13 +35,17 @@ def score(
 ) -> Scores:
     """Score every target of `batch` (on the model's device) under `model`.
 
-    `temperature` divides the logits, so that a tempered policy is trained as it was sampled. Gradients flow to the
-    model when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
+    `temperature` divides the logits, so that a tempered policy is trained as it was sampled. `needs.embedding_noise`
+    is drawn from the batch's seed; only the training loop asks for it, by its objective. Gradients flow to the model
+    when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
     """
     needs = needs or Needs()
     device = batch.tokens_T.device.type
+    noise_TD = None
+    if needs.embedding_noise:
+        noise_TD = draw_embedding_noise(batch, int(model.get_input_embeddings().weight.shape[1]), needs.embedding_noise)
     with autocast(device, bf16):
-        hidden_TD = compute_hidden(model, batch, round_up=bf16)
+        hidden_TD = compute_hidden(model, batch, round_up=bf16, noise_TD=noise_TD)
     ids_NK = batch.target_tokens_N[:, None]
     if needs.candidates is not None:
         ids_NK = torch.cat([ids_NK, batch.at_targets(needs.candidates)], dim=1)

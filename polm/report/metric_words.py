@@ -35,6 +35,10 @@ WORDS = {
         "token weight",
         "The average weight. Below one the stage also takes smaller steps than next-token prediction.",
     ),
+    "dft/probability": (
+        "probability",
+        "DFT: how likely the model finds the tokens that it is trained on, which is the weight of their losses.",
+    ),
     "rho1/kept_fraction": ("share of tokens", "The share of tokens that the loss keeps."),
     "rho1/kept_excess": ("nats per token", "How much better the reference predicts the kept tokens."),
     "rho1/mean_excess": ("nats per token", "How much better the reference predicts all tokens."),
@@ -88,7 +92,10 @@ WORDS = {
 
 LOSS_WORDS = {
     "pretrain": ("nats per token", "The loss that the stage minimises; it should fall and level off."),
-    "sft": ("nats per token", "The loss on the assistant's tokens; it should fall and level off."),
+    "sft": (
+        "nats per token",
+        "The loss on the assistant's tokens; it should fall and level off. DFT's is no likelihood and may rise.",
+    ),
     "midtrain": (
         "nats per token",
         "The loss that each arm minimises. Arms weight, select or distil tokens, so their losses are not on one scale: "
