@@ -74,7 +74,7 @@ def fit(
     """
     device = model.device.type
     bf16 = use_bf16(settings.precision, device)
-    optimizers = build_optimizers(model, settings.optimizer)
+    optimizers = build_optimizers(model, settings.optimizer, bf16=bf16)
     progress = restore_checkpoint(workdir, model, optimizers)
     log = MetricsLog(workdir / "metrics.jsonl", progress.update)
     model.train()

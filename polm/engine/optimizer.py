@@ -9,21 +9,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from polm.engine.muon import Muon
 from polm.errors import ModelError
 from polm.recipe import OptimizerSettings
 
 
-def build_optimizers(model: PreTrainedModel, settings: OptimizerSettings) -> list[Optimizer]:
-    """The optimizers of a model, each parameter in exactly one; `initial_lr` of a group is its peak rate."""
+def build_optimizers(model: PreTrainedModel, settings: OptimizerSettings, *, bf16: bool = False) -> list[Optimizer]:
+    """The optimizers of a model, each parameter in exactly one; `initial_lr` of a group is its peak rate.
+
+    With bf16 Muon's products run in bf16, as the model's do; its momentum and the weights stay as they are.
+    """
     matrices, others = split_parameters(model, settings)
     optimizers: list[Optimizer] = []
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 matrices,
                 lr=settings.learning_rate,
                 momentum=settings.momentum,
                 weight_decay=settings.weight_decay,
+                bf16=bf16,
             )
         )
     if others:

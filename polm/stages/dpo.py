@@ -126,5 +126,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference",),
+    version=2,
     summary="preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
 )

@@ -111,5 +111,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference",),
+    version=2,
     summary="anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
 )

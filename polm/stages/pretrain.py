@@ -72,5 +72,6 @@ STAGE = Stage(
     run,
     inputs=("data",),
     optional_inputs=("tokenizer", "base"),
+    version=2,
     summary="next-token prediction from random weights",
 )

@@ -47,4 +47,4 @@ def build_objective(settings: SFTSettings) -> Objective:
     return replace(objective, needs=replace(objective.needs, embedding_noise=settings.neftune_alpha))
 
 
-STAGE = Stage("sft", "train", SFTSettings, run, inputs=("base", "data"), summary="supervised fine-tuning")
+STAGE = Stage("sft", "train", SFTSettings, run, inputs=("base", "data"), version=2, summary="supervised fine-tuning")
