@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe
+from polm import recipe, recipe_online
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings
@@ -33,7 +33,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe"},
+    {"tokens", "errors", "config", "recipe", "recipe_online"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -56,7 +56,7 @@ HANDED_ON = {
 
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py"}
+BOOKKEEPERS = {"config.py", "recipe.py", "recipe_online.py"}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -130,8 +130,9 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for name, value in vars(recipe).items()
-        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == recipe.__name__
+        for module in (recipe, recipe_online)
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
 
 
@@ -151,7 +152,7 @@ def test_every_setting_has_a_reader() -> None:
     read = {
         node.attr
         for path in FILES
-        if path.name != "recipe.py"
+        if path.name not in BOOKKEEPERS
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
@@ -171,7 +172,7 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
+    for name in ("eval", "rejection", "online", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
@@ -240,7 +241,7 @@ def test_a_stage_has_one_name(name: str) -> None:
 
 
 def test_there_is_no_stage_beside_the_table() -> None:
-    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "common", "rollouts", "table"}
+    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "answers", "common", "rollouts", "table"}
     assert files == set(STAGES)
     assert set(STAGE_HELP) == set(STAGES)
 

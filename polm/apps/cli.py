@@ -324,8 +324,10 @@ STAGE_HELP = {
     "microscope": "which tokens a reference lifts and damps",
     "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
     "sft": "supervised fine-tuning",
+    "rejection": "a model's own best answers as SFT data (rejection sampling, RAFT)",
     "pairs": "preference pairs from a model's own samples",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
+    "online": "online preference optimisation (online DPO, XPO, Nash-MD)",
     "grpo": "reinforcement learning with verifiable rewards",
     "eval": "benchmarks and likelihood",
 }

@@ -117,7 +117,7 @@ def pair_best_worst(answers: Sequence[Answer], num: int, rng: np.random.Generato
     levels = []
     for value in sorted({answer.value for answer in answers}, reverse=True):
         level = sorted((a for a in answers if a.value == value), key=lambda answer: answer.text)
-        rng.shuffle(level)  # type: ignore[arg-type]
+        rng.shuffle(level)
         levels.append(level)
     down = [answer for level in levels for answer in level]
     up = [answer for level in reversed(levels) for answer in level]

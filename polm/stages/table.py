@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from polm.stages import annotate, data, dpo, eval, grpo, microscope, midtrain, pairs, pretrain, sft, tokenizer
+from polm.stages import (
+    annotate,
+    data,
+    dpo,
+    eval,
+    grpo,
+    microscope,
+    midtrain,
+    online,
+    pairs,
+    pretrain,
+    rejection,
+    sft,
+    tokenizer,
+)
 from polm.stages.common import Stage
 
 STAGES: dict[str, Stage] = {
@@ -13,8 +27,10 @@ STAGES: dict[str, Stage] = {
     "microscope": microscope.STAGE,
     "midtrain": midtrain.STAGE,
     "sft": sft.STAGE,
+    "rejection": rejection.STAGE,
     "pairs": pairs.STAGE,
     "dpo": dpo.STAGE,
+    "online": online.STAGE,
     "grpo": grpo.STAGE,
     "eval": eval.STAGE,
 }
