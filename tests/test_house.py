@@ -18,7 +18,7 @@ import polm
 from polm import recipe, recipe_online
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
-from polm.config import Settings
+from polm.config import Settings, validate
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
 from polm.flywheel.runner import build_plan
@@ -57,6 +57,11 @@ HANDED_ON = {
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
 BOOKKEEPERS = {"config.py", "recipe.py", "recipe_online.py"}
+# Sections that say where rewards come from.
+REWARDED = (
+    *("RewardSettings", "SamplingSettings", "RolloutSettings", "GRPOSettings", "OnlineSettings"),
+    *("AnswerSettings", "PairsSettings", "RejectionSettings"),
+)
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -67,12 +72,23 @@ READ_ELSEWHERE = {
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
     "GRPOSettings.epochs": "grpo stage, without updates",
-    **{
-        f"{kind}.batch_limit": "with reward: function" for kind in ("RewardSettings", "RolloutSettings", "GRPOSettings")
-    },
-    "RolloutSettings.epochs": "grpo stage, without updates",
+    **{f"{kind}.batch_limit": "with reward: function" for kind in REWARDED},
+    **{f"{kind}.epochs": "grpo stage, without updates" for kind in ("SamplingSettings", "RolloutSettings")},
+    "OnlineSettings.epochs": "online stage, without updates",
     "Recipe.workers": "the command line",
 }
+# Stages run once more, in the other ways that they have: their knobs are read there only.
+SHORT: dict[str, dict[str, Any]] = {
+    "rejection": {"max_new_tokens": 8, "temperature": 1.5, "precision": "fp32"},
+    "pairs": {"num_prompts": 8, "max_new_tokens": 4, "temperature": 1.5, "precision": "fp32"},
+    "online": {"updates": 1, "prompts_per_rollout": 2, "max_new_tokens": 4, "precision": "fp32", "bin_tokens": 192},
+}
+OTHER_WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rejection", {"keep": "top_share", "share": 1.0}),
+    ("pairs", {"choose": "rso", "samples": 8}),
+    ("online", {"method": "xpo"}),
+    ("online", {"method": "nash_md"}),
+)
 
 
 def parse(path: Path) -> ast.Module:
@@ -177,6 +193,9 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
         workshop.run("microscope", settings, workshop.inputs("microscope"), tmp_path / f"look-{weighting}")
+    for stage, changes in OTHER_WAYS:
+        settings = validate(type(workshop.spec(stage)[1]), {**SHORT[stage], **changes}, "the test")
+        workshop.run(stage, settings, workshop.inputs(stage), tmp_path / "-".join((stage, *map(str, changes.values()))))
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)
     more = {"updates": 4, "bin_tokens": 192, "schedule": schedule, "optimizer": muon, "checkpoint_every": 1}

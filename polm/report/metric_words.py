@@ -9,6 +9,7 @@ FOLDED = (
     *("lr", "grad_norm", "tokens_per_second"),
     *("rl/approx_kl", "rl/ratio_mean", "rl/clip_low_fraction", "rl/clip_high_fraction", "rl/unjudged"),
     *("rl/sampler_gap", "rl/sampler_gap_max"),
+    *("online/unjudged", "online/other_reward", "xpo/reference_logprob"),
     *("dpo/chosen_logprob", "dpo/rejected_logprob", "dpo/chosen_reward", "dpo/rejected_reward"),
 )
 # The likelihood that every arm of mid-training logs in the same way, whatever its objective.
@@ -76,6 +77,23 @@ WORDS = {
         "How far the generator's log-probabilities are from the trainer's. It should be next to nothing.",
     ),
     "rl/sampler_gap_max": ("nats", "The largest gap of a single token between generator and trainer."),
+    "online/win_rate": (
+        "share of comparisons",
+        "How often the policy's answers beat the other side's (the reference's, or the mixture's); a tie counts half. "
+        "At the start it is a half.",
+    ),
+    "online/ties": ("share of comparisons", "Comparisons of equal rewards. They teach little; near one, nothing."),
+    "online/unjudged": ("share of comparisons", "Comparisons with an answer that was not judged. They should be none."),
+    "online/other_reward": ("reward", "The average reward of the other side's answers."),
+    "xpo/reference_logprob": (
+        "nats per answer",
+        "How likely the policy finds what the reference writes. XPO's optimism pushes it down, slowly.",
+    ),
+    "nash/preference": (
+        "probability",
+        "How probable it is that the policy's answer is the better one; ties are a half.",
+    ),
+    "nash/log_ratio": ("nats per answer", "How far the policy has moved from the reference, over its own answers."),
     "dpo/accuracy": ("share of pairs", "Pairs in which the model favours the chosen answer more than it did before."),
     "dpo/margin": ("beta x nats", "How much more the chosen answer has gained than the rejected one."),
     "dpo/chosen_logprob": ("nats per answer", "Log-probability of the chosen answers; a long fall is a bad sign."),
@@ -102,6 +120,10 @@ LOSS_WORDS = {
         f"compare {PLAIN_NLL} instead.",
     ),
     "grpo": ("loss", "The loss of the policy gradient. It hovers around zero and says little; the reward counts."),
+    "online": (
+        "loss",
+        "The loss on fresh answers. DPO's starts at ln 2 = 0.693; Nash-MD's value says nothing. The reward counts.",
+    ),
     "dpo": ("loss", "The preference loss. Plain DPO's starts at ln 2 = 0.693, where the model prefers neither answer."),
 }
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -61,7 +62,8 @@ class OnlineSource:
         rollout, num_own = self._roll(update, model)
         matches, counts = find_matches(rollout, num_own, settings)
         metrics = measure(rollout, num_own, matches, counts)
-        self.sampler.log(rollout, {})
+        own_R = np.array([c.sample_index < num_own for c in rollout.completions], dtype=np.float32)
+        self.sampler.log(rollout, {} if settings.method == "dpo" else {"own": own_R})
         build = build_answer_trees if settings.method == "nash_md" else build_pair_trees
         return Step(self._pack(build(rollout, num_own, matches)), metrics)
 

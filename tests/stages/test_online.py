@@ -159,6 +159,8 @@ def test_the_other_side_draws_numbers_of_its_own(artifact: Any, read_rows: Any, 
     for method in ("xpo", "nash_md"):
         settings = OnlineSettings(**{**SMALL, "temperature": 1.0}, method=method, updates=1)
         artifact.run("online", settings, artifact.inputs("online"), tmp_path / method)
+        rows = read_rows(tmp_path / method / "samples.jsonl")
+        assert all([sample["own"] for sample in row["samples"]] == [1.0, 1.0, 0.0, 0.0] for row in rows)
         groups = [[s["text"] for s in row["samples"]] for row in read_rows(tmp_path / method / "samples.jsonl")]
         assert any(texts[:2] != texts[2:] for texts in groups)
 

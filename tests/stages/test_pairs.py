@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from polm.config import find_recipe, load_settings, recipe_folder
 from polm.data.readers import read_preferences, read_prompts
 from polm.errors import DataError
 from polm.recipe import PairsSettings
@@ -99,3 +100,12 @@ def test_who_stands_where() -> None:
     assert build_pairs(PairsSettings(pairs_per_prompt=5), answers, Counter()) == found
     orders = {str(build_pairs(PairsSettings(pairs_per_prompt=5, seed=s), answers, Counter())) for s in range(8)}
     assert len(orders) > 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (recipe_folder() / "pairs").glob("*.yaml")))
+def test_shipped_recipes_run(name: str, artifact: Any, tmp_path: Path) -> None:
+    words = ["num_prompts=6", "max_new_tokens=8", "precision=fp32", "temperature=1.5"]
+    settings = load_settings(PairsSettings, find_recipe(f"pairs/{name}"), words, section="pairs")
+    manifest = artifact.run("pairs", settings, artifact.inputs("pairs"), tmp_path / "out")
+    assert len(read_preferences(tmp_path / "out" / "preferences.jsonl")) == manifest["summary"]["pairs"] > 0
+    assert (manifest["ledger"].get("dropped_not_accepted", 0) > 0) == (settings.choose == "rso")
