@@ -406,6 +406,7 @@ class AnswerSettings(RewardSettings):
     samples: Count = Field(4, description="answers to each prompt")
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Number = 0
     max_new_tokens: Count = 64
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = 1

@@ -45,7 +45,7 @@ class RejectionSettings(AnswerSettings):
 
 
 ONLINE_KNOBS: dict[str, dict[str, Any]] = {
-    "dpo": {"loss": "sigmoid"},
+    "dpo": {"loss": "sigmoid", "mixture": 0.0},
     "xpo": {"loss": "sigmoid", "alpha": 1e-5},
     "nash_md": {"mixture": 0.5, "preference_temperature": 0.0},
 }
@@ -63,7 +63,8 @@ class OnlineSettings(SamplingSettings):
     loss: Literal["sigmoid", "ipo"] | None = Field(None, description="dpo, xpo: loss of a pair")
     alpha: NotNegative | None = Field(None, description="xpo: weight of the likelihood of the reference's answers")
     mixture: Share | None = Field(
-        None, description="nash_md: the reference's share in the policy that is competed with"
+        None,
+        description="the reference's share in the mixture that writes the rivals (nash_md), or all answers (dpo)",
     )
     preference_temperature: NotNegative | None = Field(
         None, description="nash_md: preference = sigmoid(difference of rewards / this); 0 = the higher reward wins"

@@ -82,6 +82,7 @@ def _draw_part(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        top_k=settings.top_k,
         num_samples=settings.samples,
         seed=seed,
         stop_token_ids=stop_token_ids(base.tokenizer),

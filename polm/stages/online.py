@@ -2,7 +2,7 @@
 
 Each update draws answers to its prompts, has them judged, and learns from the preferences between them. Whom an answer
 is held against is the method's choice: another of the policy's own (dpo), one of the reference (xpo), or one of the
-geometric mixture of both (nash_md).
+geometric mixture of both (nash_md). With a mixture dpo draws all of its answers from it (IPO-MD).
 
 Shape suffix: R completions of a rollout.
 """
@@ -69,22 +69,20 @@ class OnlineSource:
 
     def _roll(self, update: int, model: PreTrainedModel) -> tuple[Rollout, int]:
         """The judged answers, and how many of each prompt's are the policy's: they come first."""
-        settings = self.sampler.settings
+        settings, sampler = self.sampler.settings, self.sampler
+        chosen = sampler.choose(update)
+        prompts, encoded = [sampler.prompts[i] for i in chosen], [sampler.encoded[i] for i in chosen]
+        num_own = settings.samples if settings.method == "dpo" else settings.samples // 2
+        draw = partial(sampler.draw, encoded, num_samples=num_own, temperature=settings.temperature)
+        mixture = Mixture(self.reference, settings.mixture) if settings.mixture else None
+        seeds = mix_seed(settings.seed, update), mix_seed(settings.seed, update, OTHER)
         if settings.method == "dpo":
-            return self.sampler.roll(update, model), settings.samples
-        chosen = self.sampler.choose(update)
-        prompts, encoded = [self.sampler.prompts[i] for i in chosen], [self.sampler.encoded[i] for i in chosen]
-        half = settings.samples // 2
-        draw = partial(self.sampler.draw, encoded, num_samples=half, temperature=settings.temperature)
-        own = draw(model, seed=mix_seed(settings.seed, update))
-        seed = mix_seed(settings.seed, update, OTHER)
-        if settings.method == "xpo":
-            others = draw(self.reference, seed=seed)
+            completions = draw(model, seed=seeds[0], mixture=mixture)
         else:
-            others = draw(model, seed=seed, mixture=Mixture(self.reference, settings.mixture or 0.0))
-        completions = merge_completions(own, others, half)
-        rewards = judge_completions(self.sampler.rewarder, prompts, encoded, completions)
-        return Rollout(update, prompts, encoded, completions, rewards), half
+            rival = partial(draw, self.reference) if settings.method == "xpo" else partial(draw, model, mixture=mixture)
+            completions = merge_completions(draw(model, seed=seeds[0]), rival(seed=seeds[1]), num_own)
+        rewards = judge_completions(sampler.rewarder, prompts, encoded, completions)
+        return Rollout(update, prompts, encoded, completions, rewards), num_own
 
     def _pack(self, trees: Sequence[Tree]) -> list[TokenBatch]:
         """Micro-batches of at most `bin_tokens`, scored under the reference."""

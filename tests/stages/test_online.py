@@ -121,6 +121,24 @@ def judge_by_length(items: Any, *, seconds: float) -> list[Verdict]:
     return [Verdict("right" if len(item.completion) % 2 == 0 else "wrong", "") for item in items]
 
 
+def test_ipo_md_draws_from_the_mixture(artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """All answers come from the mixture: with a share of 1 they are the reference's, whatever the policy is."""
+    inputs = {**artifact.inputs("online"), "reference": str(artifact("midtrain"))}
+    texts: dict[str, list[str]] = {}
+    for name, mixture, base in (
+        ("policy", 0.0, "sft"),
+        ("half", 0.5, "sft"),
+        ("a", 1.0, "sft"),
+        ("b", 1.0, "pretrain"),
+    ):
+        settings = OnlineSettings(**SMALL, loss="ipo", mixture=mixture, updates=1)
+        artifact.run("online", settings, {**inputs, "base": str(artifact(base))}, tmp_path / name)
+        rows = read_rows(tmp_path / name / "samples.jsonl")
+        texts[name] = [sample["text"] for row in rows for sample in row["samples"]]
+    assert texts["a"] == texts["b"]
+    assert len({str(texts[name]) for name in ("policy", "half", "a")}) == 3
+
+
 def test_a_reference_of_its_own(artifact: Any, other_model: Path, read_rows: Any, tmp_path: Path) -> None:
     settings = OnlineSettings(**SMALL, method="nash_md", updates=1)
     inputs = {**artifact.inputs("online"), "reference": str(artifact("pretrain"))}
@@ -268,7 +286,9 @@ def test_scores_of_the_reference_are_tempered_as_the_policys(artifact: Any) -> N
 def test_defaults_and_knobs_that_are_not_read() -> None:
     assert (OnlineSettings(method="xpo").alpha, OnlineSettings().alpha) == (1e-5, None)
     assert OnlineSettings(method="nash_md").mixture == 0.5
-    with pytest.raises(ValueError, match=r"alpha is 0.1, and method: dpo does not read it; .* \(dpo reads loss; alpha"):
+    with pytest.raises(
+        ValueError, match=r"alpha is 0.1, and method: dpo does not read it; .* \(dpo reads loss, mixture; alpha"
+    ):
         OnlineSettings(alpha=0.1)
     with pytest.raises(ValueError, match="loss is ipo, and method: nash_md does not read it"):
         OnlineSettings(method="nash_md", loss="ipo")
