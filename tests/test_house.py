@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_online
+from polm import recipe, recipe_online, recipe_rewards, recipe_rl
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings, validate
+from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
 from polm.flywheel.runner import build_plan
@@ -33,7 +34,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_online"},
+    {"tokens", "errors", "config", "recipe", "recipe_online", "recipe_rewards", "recipe_rl"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -54,14 +55,13 @@ HANDED_ON = {
     "ModelShape": "build_model(**model_dump): its parameters carry the same names",
 }
 
+# Stages that learn from rollouts, beside grpo, and the classes that their settings share.
+RL = ("rloo", "reinforce_pp", "remax")
+ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax")
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py", "recipe_online.py"}
-# Sections that say where rewards come from.
-REWARDED = (
-    *("RewardSettings", "SamplingSettings", "RolloutSettings", "GRPOSettings", "OnlineSettings"),
-    *("AnswerSettings", "PairsSettings", "RejectionSettings"),
-)
+RECIPES = (recipe, recipe_online, recipe_rewards, recipe_rl)
+BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -71,10 +71,11 @@ READ_ELSEWHERE = {
     "FilesData.media": "data stage, with records that refer to images",
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
-    "GRPOSettings.epochs": "grpo stage, without updates",
-    **{f"{kind}.batch_limit": "with reward: function" for kind in REWARDED},
-    **{f"{kind}.epochs": "grpo stage, without updates" for kind in ("SamplingSettings", "RolloutSettings")},
-    "OnlineSettings.epochs": "online stage, without updates",
+    **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
+    **{
+        f"{kind}Settings.batch_limit": "rewards, with reward: function"
+        for kind in ("Reward", "Answer", "Pairs", "Rejection", *ROLLOUT_SETTINGS)
+    },
     "Recipe.workers": "the command line",
 }
 # Stages run once more, in the other ways that they have: their knobs are read there only.
@@ -146,7 +147,7 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for module in (recipe, recipe_online)
+        for module in RECIPES
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
@@ -176,7 +177,9 @@ def test_every_setting_has_a_reader() -> None:
     assert dead == set()
 
 
-def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any) -> None:
+def test_every_setting_is_read_when_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any, step_rows: Any
+) -> None:
     """The same, but of the right section: `samples` of pairs is not read by reading `samples` of eval."""
     read: set[str] = set()
 
@@ -188,7 +191,9 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "rejection", "online", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
+    for name in ("eval", "reward_model", "rejection", "online", *RL):
+        workshop(name)
+    for name in ("remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
@@ -211,6 +216,10 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
         {},
         tmp_path / "folder",
     )
+    write_jsonl(tmp_path / "stepwise.jsonl", step_rows)
+    steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
+    inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
+    workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
     texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
     files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
@@ -260,7 +269,14 @@ def test_a_stage_has_one_name(name: str) -> None:
 
 
 def test_there_is_no_stage_beside_the_table() -> None:
-    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "answers", "common", "rollouts", "table"}
+    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {
+        "__init__",
+        "answers",
+        "common",
+        "rollout_source",
+        "rollouts",
+        "table",
+    }
     assert files == set(STAGES)
     assert set(STAGE_HELP) == set(STAGES)
 

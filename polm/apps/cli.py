@@ -328,7 +328,12 @@ STAGE_HELP = {
     "pairs": "preference pairs from a model's own samples",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
     "online": "online preference optimisation (online DPO, XPO, Nash-MD)",
+    "reward_model": "a reward model from preference pairs",
+    "process_reward_model": "a process reward model from labelled steps",
     "grpo": "reinforcement learning with verifiable rewards",
+    "rloo": "reinforcement learning with a leave-one-out baseline",
+    "reinforce_pp": "reinforcement learning by REINFORCE++",
+    "remax": "reinforcement learning with the greedy answer as the baseline",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

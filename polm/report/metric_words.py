@@ -11,6 +11,7 @@ FOLDED = (
     *("rl/sampler_gap", "rl/sampler_gap_max"),
     *("online/unjudged", "online/other_reward", "xpo/reference_logprob"),
     *("dpo/chosen_logprob", "dpo/rejected_logprob", "dpo/chosen_reward", "dpo/rejected_reward"),
+    *("reward/chosen", "reward/rejected", "steps/right", "steps/label"),
 )
 # The likelihood that every arm of mid-training logs in the same way, whatever its objective.
 PLAIN_NLL = "ntp/nll"
@@ -106,6 +107,13 @@ WORDS = {
         "nats per answer",
         "What an answer's gain is held against: KTO's estimate of the divergence, or BCO's shift.",
     ),
+    "reward/accuracy": ("share of pairs", "Pairs that the reward model ranks as people did, before the update."),
+    "reward/margin": ("reward", "How much higher the chosen answers are rated than the rejected ones."),
+    "reward/chosen": ("reward", "Rewards of the chosen answers; only differences mean something."),
+    "reward/rejected": ("reward", "Rewards of the rejected answers."),
+    "steps/accuracy": ("share of steps", "Steps that are called right or wrong as they are labelled."),
+    "steps/right": ("probability", "How likely a step is held to be right, on average; near the labels' mean."),
+    "steps/label": ("label", "The labels' mean: the share of right steps."),
 }
 
 LOSS_WORDS = {
@@ -124,6 +132,8 @@ LOSS_WORDS = {
         "loss",
         "The loss on fresh answers. DPO's starts at ln 2 = 0.693; Nash-MD's value says nothing. The reward counts.",
     ),
+    "reward_model": ("nats per pair", "The comparison loss; ln 2 = 0.693 is telling no answers apart."),
+    "process_reward_model": ("nats per step", "The cross-entropy of the steps' labels."),
     "dpo": ("loss", "The preference loss. Plain DPO's starts at ln 2 = 0.693, where the model prefers neither answer."),
 }
 

@@ -24,6 +24,8 @@ STAGE_TITLES = {
     "midtrain": "Mid-training",
     "sft": "Supervised fine-tuning",
     "dpo": "Preference optimisation",
+    "reward_model": "Reward model",
+    "process_reward_model": "Process reward model",
     "grpo": "RL with verifiable rewards",
 }
 

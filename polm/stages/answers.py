@@ -15,10 +15,9 @@ from polm.models.loading import count_parameters
 from polm.recipe import AnswerSettings
 from polm.rewards.base import Reward, Rewarder
 from polm.rewards.selection import Answer
-from polm.rewards.sources import build_rewarder
 from polm.rollout.generate import SamplingParams, generate
 from polm.stages.common import Base, Context, input_file
-from polm.stages.rollouts import judge_completions, require_room
+from polm.stages.rollouts import judge_completions, load_rewarder, require_room
 from polm.text.chat import render_prompt, stop_token_ids
 
 PART_ANSWERS = 2048  # answers drawn and judged at a time; a killed stage draws only the part anew that it was in
@@ -41,7 +40,7 @@ def draw_answers(
 
     They are drawn in parts, each kept in the folder `answers` until `finish_answers`: a killed stage goes on there.
     """
-    rewarder = build_rewarder(settings)
+    rewarder = load_rewarder(settings, context, base)
     encoded = [render_prompt(base.tokenizer, [{"role": "user", "content": p.prompt}]) for p in prompts]
     require_room(encoded, base.max_positions)
     size = max(1, PART_ANSWERS // settings.samples)

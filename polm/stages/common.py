@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,13 @@ from polm.config import Settings
 from polm.data.examples import Ledger, attach_streams
 from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, pack_trees
+from polm.data.readers import write_json
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import pick_device, set_threads, use_bf16
 from polm.engine.fit import BatchSource, fit
 from polm.errors import DataError, ModelError, StoreError, UserError
+from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
 from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
@@ -102,6 +104,28 @@ def load_base(source: str) -> Base:
             f"{name}: the tokenizer has {len(base.tokenizer)} tokens and the model only {rows} embeddings; "
             "they do not belong together"
         )
+    return base
+
+
+def load_scalar_base(source: str, layout: Layout, *, num_labels: int, spread: float | None, seed: int) -> Base:
+    """A classifier to train: a fresh head (see `build_scalar_model`) on a language model, or one that is there already.
+
+    Its padding token is the tokenizer's (the end-of-text token where it has none), as plain `transformers` needs it.
+    """
+    name = model_folder(source)
+    found = read_layout(name)
+    if found is None:
+        base = load_base(source)
+        model = build_scalar_model(base.model, layout, num_labels=num_labels, spread=spread, seed=seed)
+        base = replace(base, model=model)
+    elif found == layout:
+        model = load_scalar_model(name, num_labels=num_labels, device=pick_device())
+        base = Base(model, load_tokenizer(name), name)
+    else:
+        raise ModelError(f"{name} is a {found} classifier, and a {layout} classifier is needed here")
+    if base.tokenizer.pad_token_id is None:
+        base.tokenizer.pad_token = base.tokenizer.eos_token
+    base.model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
     return base
 
 
@@ -267,9 +291,7 @@ def save_annotation(folder: Path, annotation: Annotation, fingerprint: Mapping[s
     if annotation.top_ids is not None and annotation.top_logprobs is not None:
         arrays |= {"top_ids": annotation.top_ids.astype(np.int32), "top_logprobs": annotation.top_logprobs}
     save_file(arrays, folder / "scores.safetensors")
-    temporary = folder / ".fingerprint.json.tmp"
-    temporary.write_text(json.dumps(fingerprint, indent=2) + "\n")
-    temporary.replace(folder / "fingerprint.json")
+    write_json(folder / "fingerprint.json", fingerprint)
 
 
 def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], top_k: int) -> Annotation:
@@ -311,6 +333,11 @@ def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation
 
 def new_ledger() -> Ledger:
     return Counter()
+
+
+def add_ledger(ledger: Ledger, other: Ledger, prefix: str) -> None:
+    """Enter the counts of a part of the data that is kept apart, as `PREFIX_NAME`."""
+    ledger.update({f"{prefix}_{name}": count for name, count in other.items()})
 
 
 def free_memory() -> None:

@@ -15,20 +15,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from polm.data.packing import mix_seed, pack_best_fit
-from polm.engine.device import use_bf16
-from polm.engine.score import score
+from polm.data.packing import mix_seed
 from polm.objectives.online import build_nash_md, build_xpo
 from polm.objectives.preference import Knobs, build_preference
 from polm.recipe_online import OnlineSettings
 from polm.rollout.generate import Completion, Mixture
 from polm.stages.common import Context, Stage, StageResult, load_base, new_ledger, start_stage, train
-from polm.stages.rollouts import Rollout, Sampler, add_stream, build_sampler, judge_completions, summarise
+from polm.stages.rollout_source import add_scores, collate_bins
+from polm.stages.rollouts import Rollout, Sampler, build_sampler, judge_completions, summarise
 from polm.text.tokenizer import require_same_tokenizer
-from polm.tokens import Objective, Step, TokenBatch, Tree, build_completions, collate, tree_length
+from polm.tokens import Objective, Step, Tree, build_completions
 
 OTHER = 1  # added to a rollout's seed where the reference or the mixture draws: its numbers must not be the policy's
 
@@ -65,7 +63,11 @@ class OnlineSource:
         own_R = np.array([c.sample_index < num_own for c in rollout.completions], dtype=np.float32)
         self.sampler.log(rollout, {} if settings.method == "dpo" else {"own": own_R})
         build = build_answer_trees if settings.method == "nash_md" else build_pair_trees
-        return Step(self._pack(build(rollout, num_own, matches)), metrics)
+        batches = collate_bins(
+            build(rollout, num_own, matches), settings.bin_tokens
+        )  # none: the update changes nothing
+        more = (self.reference, settings.precision, score_temperature(settings))
+        return Step([add_scores(batch, "ref_logprobs", *more) for batch in batches], metrics)
 
     def _roll(self, update: int, model: PreTrainedModel) -> tuple[Rollout, int]:
         """The judged answers, and how many of each prompt's are the policy's: they come first."""
@@ -83,23 +85,6 @@ class OnlineSource:
             completions = merge_completions(draw(model, seed=seeds[0]), rival(seed=seeds[1]), num_own)
         rewards = judge_completions(sampler.rewarder, prompts, encoded, completions)
         return Rollout(update, prompts, encoded, completions, rewards), num_own
-
-    def _pack(self, trees: Sequence[Tree]) -> list[TokenBatch]:
-        """Micro-batches of at most `bin_tokens`, scored under the reference."""
-        if not trees:  # an update without a preference changes nothing
-            return []
-        lengths = [tree_length(tree) for tree in trees]
-        capacity = max(self.sampler.settings.bin_tokens, max(lengths))
-        batches = [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
-        return [self._with_reference(batch) for batch in batches]
-
-    @torch.no_grad()
-    def _with_reference(self, batch: TokenBatch) -> TokenBatch:
-        device = self.reference.device
-        bf16 = use_bf16(self.sampler.settings.precision, device.type)
-        temperature = score_temperature(self.sampler.settings)
-        scores = score(self.reference, batch.to(device), temperature=temperature, bf16=bf16)
-        return add_stream(batch, "ref_logprobs", scores.logprobs_N)
 
 
 def merge_completions(own: Sequence[Completion], others: Sequence[Completion], num_own: int) -> list[Completion]:
@@ -252,6 +237,6 @@ STAGE = Stage(
     OnlineSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference",),
+    optional_inputs=("reference", "reward_model"),
     summary="online preference optimisation (online DPO, XPO, Nash-MD)",
 )

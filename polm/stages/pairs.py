@@ -94,6 +94,7 @@ STAGE = Stage(
     PairsSettings,
     run,
     inputs=("base", "data"),
+    optional_inputs=("reward_model",),
     version=2,
     summary="preference pairs from a model's own samples",
 )

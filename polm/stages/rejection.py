@@ -79,5 +79,6 @@ STAGE = Stage(
     RejectionSettings,
     run,
     inputs=("base", "data"),
+    optional_inputs=("reward_model",),
     summary="a model's own best answers as SFT data (rejection sampling, RAFT)",
 )

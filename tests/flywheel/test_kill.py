@@ -43,6 +43,8 @@ KILLS: list[tuple[str, int, tuple[str, int]]] = [
     ("grpo", 1, ("in a line of the log", 8)),
     ("grpo", 1, ("in a line of the log", 12)),  # within a rollout: it goes on from the rollout's start
     ("grpo", 1, ("before the checkpoints go", 1)),
+    ("rloo", 1, ("in a line of the log", 8)),  # after the first of two rollouts
+    ("remax", 1, ("in a line of the log", 6)),
     ("pairs", 0, ("before the manifest", 1)),
     ("annotate", 0, ("in the scores of the reference", 1)),
     ("eval", 0, ("before the manifest", 1)),

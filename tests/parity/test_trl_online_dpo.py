@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.data.readers import Prompt
-from polm.engine.score import score
 from polm.models.loading import load_model
 from polm.recipe_online import OnlineSettings
 from polm.rewards.base import Reward
 from polm.rollout.generate import Completion
 from polm.stages.online import build_objective, build_pair_trees, find_matches
-from polm.stages.rollouts import Rollout, add_stream
+from polm.stages.rollout_source import add_scores
+from polm.stages.rollouts import Rollout
 from polm.tokens import collate
 
 trl = pytest.importorskip("trl")
@@ -91,8 +91,7 @@ def test_online_dpo(
     matches, counts = find_matches(rollout, 2, settings)
     assert counts == {"matches": 3, "ties": 0, "unjudged": 0}
     batch = collate(build_pair_trees(rollout, 2, matches))
-    with torch.no_grad():
-        batch = add_stream(batch, "ref_logprobs", score(load_model(folder), batch).logprobs_N)
+    batch = add_scores(batch, "ref_logprobs", load_model(folder), "fp32", 1.0)
     metrics = agree(losses[0], model, build_objective(settings), learner, [batch])
     theirs = {name: values[-1] for name, values in trainer.stats.items() if values}
     assert metrics["dpo/margin"] == pytest.approx(theirs["rewards/margins"], rel=1e-4, abs=1e-5)

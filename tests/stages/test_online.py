@@ -22,7 +22,7 @@ from polm.rewards.base import Reward
 from polm.rewards.verify import Verdict
 from polm.rollout.generate import Completion
 from polm.stages import online
-from polm.stages.common import Context
+from polm.stages.common import Context, load_base, new_ledger
 from polm.stages.online import (
     Match,
     build_answer_trees,
@@ -32,8 +32,7 @@ from polm.stages.online import (
     measure,
     merge_completions,
 )
-from polm.stages.rollouts import Rollout
-from polm.tokens import collate
+from polm.stages.rollouts import Rollout, build_sampler
 
 SMALL: dict[str, Any] = {
     "bin_tokens": 192,
@@ -268,16 +267,20 @@ def test_sides_stand_side_by_side() -> None:
     assert [c.text for c in merged[:4]] == ["00", "01", "00", "01"]
 
 
-def test_scores_of_the_reference_are_tempered_as_the_policys(artifact: Any) -> None:
+@pytest.mark.parametrize(("method", "is_tempered"), [("dpo", False), ("xpo", False), ("nash_md", True)])
+def test_scores_are_tempered_as_the_samples_were(
+    method: str, is_tempered: bool, artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nash-MD's gradient is that of the tempered policy that was sampled; a pair's loss is one of the models."""
     model = load_model(artifact("sft") / "model")
-    batch = collate(build_answer_trees(build_rollout([1.0, 0.0]), 1, [Match(0, 1, 1.0)]))
-    for method, temperature in (("dpo", 1.0), ("xpo", 1.0), ("nash_md", 1.5)):
-        settings = OnlineSettings(**SMALL, method=method)
-        source = online.OnlineSource(sampler=type("S", (), {"settings": settings})(), reference=model)  # type: ignore[arg-type]
-        with torch.no_grad():
-            expected = score(model, batch, temperature=temperature).logprobs_N
-        torch.testing.assert_close(source._with_reference(batch).at_targets("ref_logprobs"), expected)
+    monkeypatch.setattr(sources, "verify_many", judge_by_length)
+    settings = OnlineSettings(**SMALL, method=method)
+    context = Context(tmp_path, artifact.inputs("online"), say=lambda _: None)
+    sampler = build_sampler(settings, context, load_base(str(artifact("sft"))), new_ledger(), 1)
+    batch = online.OnlineSource(sampler, model).step(0, model).batches[0]
+    with torch.no_grad():
+        expected = score(model, batch, temperature=1.5 if is_tempered else 1.0).logprobs_N
+    torch.testing.assert_close(batch.at_targets("ref_logprobs"), expected)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
