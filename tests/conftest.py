@@ -42,10 +42,10 @@ from polm.recipe import (
     SFTSettings,
     TokenizerSettings,
 )
+from polm.recipe_online import OnlineSettings, RejectionSettings
 from polm.recipe_rl import PPOSettings, ReinforcePPSettings, ReMaxSettings, RLOOSettings
 from polm.rewards import sources
 from polm.rewards.verify import Verdict, VerifyItem
-from polm.stages import pairs
 from polm.stages.common import Context
 from polm.stages.table import STAGES
 from polm.text.tokenizer import train_tokenizer
@@ -77,6 +77,16 @@ ARTIFACTS: dict[str, Spec] = {
     "pairs": (
         "pairs",
         PairsSettings(num_prompts=12, samples=4, max_new_tokens=8, precision="fp32"),
+        {"base": "sft", "data": "data"},
+    ),
+    "rejection": (
+        "rejection",
+        RejectionSettings(samples=4, max_new_tokens=8, temperature=1.5, precision="fp32"),
+        {"base": "sft", "data": "data"},
+    ),
+    "online": (
+        "online",
+        OnlineSettings(**LENGTH, updates=3, prompts_per_rollout=6, samples=4, max_new_tokens=8),
         {"base": "sft", "data": "data"},
     ),
     "dpo": ("dpo", DPOSettings(**LENGTH, epochs=6), {"base": "sft", "data": "pairs"}),
@@ -171,8 +181,7 @@ class Workshop:
         """Run a stage through the store, answers judged by length; returns the manifest."""
         keys = {role: external_key(source) for role, source in inputs.items()}
         with pytest.MonkeyPatch.context() as patch:
-            for module in (pairs, sources):
-                patch.setattr(module, "verify_many", judge_by_length)
+            patch.setattr(sources, "verify_many", judge_by_length)
             work = Work(STAGES[stage], settings, inputs, keys, out)
             return execute(work, Context(out, inputs, say=lambda _: None))
 

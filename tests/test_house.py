@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_rewards, recipe_rl
+from polm import recipe, recipe_online, recipe_rewards, recipe_rl
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
-from polm.config import Settings
+from polm.config import Settings, validate
 from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
@@ -34,7 +34,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_rewards", "recipe_rl"},
+    {"tokens", "errors", "config", "recipe", "recipe_online", "recipe_rewards", "recipe_rl"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -57,11 +57,11 @@ HANDED_ON = {
 
 # Stages that learn from rollouts, beside grpo, and the classes that their settings share.
 RL = ("rloo", "reinforce_pp", "remax", "ppo")
-ROLLOUT_SETTINGS = ("GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
+ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-RECIPES = (recipe, recipe_rewards, recipe_rl)
-BOOKKEEPERS = {"config.py", "recipe.py", "recipe_rewards.py", "recipe_rl.py"}
+RECIPES = (recipe, recipe_online, recipe_rewards, recipe_rl)
+BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -72,9 +72,24 @@ READ_ELSEWHERE = {
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
     **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
-    **{f"{kind}Settings.batch_limit": "rewards, with reward: function" for kind in ("Reward", *ROLLOUT_SETTINGS)},
+    **{
+        f"{kind}Settings.batch_limit": "rewards, with reward: function"
+        for kind in ("Reward", "Answer", "Pairs", "Rejection", *ROLLOUT_SETTINGS)
+    },
     "Recipe.workers": "the command line",
 }
+# Stages run once more, in the other ways that they have: their knobs are read there only.
+SHORT: dict[str, dict[str, Any]] = {
+    "rejection": {"max_new_tokens": 8, "temperature": 1.5, "precision": "fp32"},
+    "pairs": {"num_prompts": 8, "max_new_tokens": 4, "temperature": 1.5, "precision": "fp32"},
+    "online": {"updates": 1, "prompts_per_rollout": 2, "max_new_tokens": 4, "precision": "fp32", "bin_tokens": 192},
+}
+OTHER_WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rejection", {"keep": "top_share", "share": 1.0}),
+    ("pairs", {"choose": "rso", "samples": 8}),
+    ("online", {"method": "xpo"}),
+    ("online", {"method": "nash_md"}),
+)
 
 
 def parse(path: Path) -> ast.Module:
@@ -176,11 +191,16 @@ def test_every_setting_is_read_when_stages_run(
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "reward_model", "remit", "shuffled", "rho1", "distill", "plausible", "microscope", *RL):
+    for name in ("eval", "reward_model", "rejection", "online", *RL):
+        workshop(name)
+    for name in ("remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
         workshop.run("microscope", settings, workshop.inputs("microscope"), tmp_path / f"look-{weighting}")
+    for stage, changes in OTHER_WAYS:
+        settings = validate(type(workshop.spec(stage)[1]), {**SHORT[stage], **changes}, "the test")
+        workshop.run(stage, settings, workshop.inputs(stage), tmp_path / "-".join((stage, *map(str, changes.values()))))
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)
     more = {"updates": 4, "bin_tokens": 192, "schedule": schedule, "optimizer": muon, "checkpoint_every": 1}
@@ -251,6 +271,7 @@ def test_a_stage_has_one_name(name: str) -> None:
 def test_there_is_no_stage_beside_the_table() -> None:
     files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {
         "__init__",
+        "answers",
         "common",
         "rollout_source",
         "rollouts",

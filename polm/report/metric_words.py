@@ -9,6 +9,7 @@ FOLDED = (
     *("lr", "grad_norm", "tokens_per_second"),
     *("rl/approx_kl", "rl/ratio_mean", "rl/clip_low_fraction", "rl/clip_high_fraction", "rl/unjudged"),
     *("rl/sampler_gap", "rl/sampler_gap_max"),
+    *("online/unjudged", "online/other_reward", "xpo/reference_logprob"),
     *("dpo/chosen_logprob", "dpo/rejected_logprob", "dpo/chosen_reward", "dpo/rejected_reward"),
     *("reward/chosen", "reward/rejected", "steps/right", "steps/label"),
 )
@@ -35,6 +36,10 @@ WORDS = {
     "remit/mean_weight": (
         "token weight",
         "The average weight. Below one the stage also takes smaller steps than next-token prediction.",
+    ),
+    "dft/probability": (
+        "probability",
+        "DFT: how likely the model finds the tokens that it is trained on, which is the weight of their losses.",
     ),
     "rho1/kept_fraction": ("share of tokens", "The share of tokens that the loss keeps."),
     "rho1/kept_excess": ("nats per token", "How much better the reference predicts the kept tokens."),
@@ -73,6 +78,23 @@ WORDS = {
         "How far the generator's log-probabilities are from the trainer's. It should be next to nothing.",
     ),
     "rl/sampler_gap_max": ("nats", "The largest gap of a single token between generator and trainer."),
+    "online/win_rate": (
+        "share of comparisons",
+        "How often the policy's answers beat the other side's (the reference's, or the mixture's); a tie counts half. "
+        "At the start it is a half.",
+    ),
+    "online/ties": ("share of comparisons", "Comparisons of equal rewards. They teach little; near one, nothing."),
+    "online/unjudged": ("share of comparisons", "Comparisons with an answer that was not judged. They should be none."),
+    "online/other_reward": ("reward", "The average reward of the other side's answers."),
+    "xpo/reference_logprob": (
+        "nats per answer",
+        "How likely the policy finds what the reference writes. XPO's optimism pushes it down, slowly.",
+    ),
+    "nash/preference": (
+        "probability",
+        "How probable it is that the policy's answer is the better one; ties are a half.",
+    ),
+    "nash/log_ratio": ("nats per answer", "How far the policy has moved from the reference, over its own answers."),
     "dpo/accuracy": ("share of pairs", "Pairs in which the model favours the chosen answer more than it did before."),
     "dpo/margin": ("beta x nats", "How much more the chosen answer has gained than the rejected one."),
     "dpo/chosen_logprob": ("nats per answer", "Log-probability of the chosen answers; a long fall is a bad sign."),
@@ -96,13 +118,20 @@ WORDS = {
 
 LOSS_WORDS = {
     "pretrain": ("nats per token", "The loss that the stage minimises; it should fall and level off."),
-    "sft": ("nats per token", "The loss on the assistant's tokens; it should fall and level off."),
+    "sft": (
+        "nats per token",
+        "The loss on the assistant's tokens; it should fall and level off. DFT's is no likelihood and may rise.",
+    ),
     "midtrain": (
         "nats per token",
         "The loss that each arm minimises. Arms weight, select or distil tokens, so their losses are not on one scale: "
         f"compare {PLAIN_NLL} instead.",
     ),
     "grpo": ("loss", "The loss of the policy gradient. It hovers around zero and says little; the reward counts."),
+    "online": (
+        "loss",
+        "The loss on fresh answers. DPO's starts at ln 2 = 0.693; Nash-MD's value says nothing. The reward counts.",
+    ),
     "reward_model": ("nats per pair", "The comparison loss; ln 2 = 0.693 is telling no answers apart."),
     "process_reward_model": ("nats per step", "The cross-entropy of the steps' labels."),
     "dpo": ("loss", "The preference loss. Plain DPO's starts at ln 2 = 0.693, where the model prefers neither answer."),

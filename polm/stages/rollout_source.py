@@ -76,7 +76,7 @@ class RolloutSource:
     The groups of a rollout are dealt to `minibatches` parts, each an update; `epochs` times through all of them.
     """
 
-    sampler: Sampler
+    sampler: Sampler[RolloutSettings]
     assign: Assign
     minibatches: int
     reference: PreTrainedModel | None = None
@@ -121,11 +121,7 @@ class RolloutSource:
 
     def _pack(self, trees: Sequence[Tree], model: PreTrainedModel) -> list[TokenBatch]:
         """Micro-batches of at most `bin_tokens`, with the scores that the stage and its objective will read."""
-        if not trees:  # a part of the rollout whose samples were all left out
-            return []
-        lengths = [tree_length(tree) for tree in trees]
-        capacity = max(self.sampler.settings.bin_tokens, max(lengths))
-        batches = [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
+        batches = collate_bins(trees, self.sampler.settings.bin_tokens)
         if self.updates_per_rollout > 1:  # with one update, the loss's own scores are those before it
             batches = [self._with_scores(batch, model, "old_logprobs") for batch in batches]
         if self.reference is not None:
@@ -140,12 +136,25 @@ class RolloutSource:
         batch = self._with_scores(collate(trees), start, "start_logprobs")
         return float(compute_kl_k3(batch.at_targets("sampler_logprobs"), batch.at_targets("start_logprobs")).mean())
 
-    @torch.no_grad()
     def _with_scores(self, batch: TokenBatch, model: PreTrainedModel, name: str) -> TokenBatch:
         settings = self.sampler.settings
-        bf16 = use_bf16(settings.precision, model.device.type)
-        scores = score(model, batch.to(model.device), temperature=settings.temperature, bf16=bf16)
-        return add_stream(batch, name, scores.logprobs_N)
+        return add_scores(batch, name, model, settings.precision, settings.temperature)
+
+
+def collate_bins(trees: Sequence[Tree], bin_tokens: int) -> list[TokenBatch]:
+    """Micro-batches of at most `bin_tokens` (of one tree, if it is longer); none for no trees."""
+    if not trees:  # a part of a rollout whose samples were all left out
+        return []
+    lengths = [tree_length(tree) for tree in trees]
+    capacity = max(bin_tokens, max(lengths))
+    return [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
+
+
+@torch.no_grad()
+def add_scores(batch: TokenBatch, name: str, model: PreTrainedModel, precision: str, temperature: float) -> TokenBatch:
+    """The batch with the log-probabilities of `model` at its targets, as the stream `name`."""
+    bf16 = use_bf16(precision, model.device.type)
+    return add_stream(batch, name, score(model, batch.to(model.device), temperature=temperature, bf16=bf16).logprobs_N)
 
 
 def add_stream(batch: TokenBatch, name: str, values_N: Tensor) -> TokenBatch:

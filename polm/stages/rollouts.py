@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from polm.engine.fit import MetricsLog
 from polm.errors import DataError, RecipeError
 from polm.models.heads import read_layout
 from polm.models.loading import count_parameters
-from polm.recipe import RolloutSettings
+from polm.recipe import AnswerSettings, SamplingSettings
 from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem
 from polm.rewards.reward_model import load_process_reward_model, load_reward_model
 from polm.rewards.sources import build_rewarder
-from polm.rollout.generate import Completion, SamplingParams, generate
+from polm.rollout.generate import Completion, Mixture, SamplingParams, generate
 from polm.stages.common import Base, Context, input_file, model_folder
 from polm.text.chat import render_prompt, stop_token_ids
 from polm.tokens import Array, Tree, build_completions
@@ -71,15 +71,18 @@ class Rollout:
         return np.array([c.prompt_index for c in self.completions], dtype=np.int64)
 
 
+SettingsT = TypeVar("SettingsT", bound=SamplingSettings)
+
+
 @dataclass
-class Sampler:
+class Sampler(Generic[SettingsT]):
     """Draws the answers of a rollout and has them judged: a pure function of (seed, rollout, weights), if the rewarder
     is one."""
 
     base: Base
     prompts: Sequence[Prompt]
     encoded: Sequence[Array]
-    settings: RolloutSettings
+    settings: SettingsT
     rewarder: Rewarder
     num_updates: int
     updates_per_rollout: int
@@ -89,32 +92,43 @@ class Sampler:
 
     def roll(self, rollout: int, model: PreTrainedModel, *, greedy: bool = False) -> Rollout:
         """Rollout number `rollout`; with `greedy` one answer a prompt, of the likeliest tokens."""
-        chosen = self._choose(rollout)
+        chosen = self.choose(rollout)
         prompts, encoded = [self.prompts[i] for i in chosen], [self.encoded[i] for i in chosen]
-        completions = self._sample(encoded, rollout, model, greedy)
+        num, temperature = (1, 0.0) if greedy else (self.settings.samples, self.settings.temperature)
+        seed = mix_seed(self.settings.seed, rollout)
+        completions = self.draw(encoded, model, seed=seed, num_samples=num, temperature=temperature)
         rewards = judge_completions(self.rewarder, prompts, encoded, completions)
         return Rollout(rollout * self.updates_per_rollout, prompts, encoded, completions, rewards)
 
-    def _choose(self, rollout: int) -> list[int]:
+    def choose(self, rollout: int) -> list[int]:
         """Indices of the rollout's prompts: a fresh order each time through them all."""
         num = self.settings.prompts_per_rollout
         places = range(rollout * num, (rollout + 1) * num)
         total = len(self.prompts)
         return [int(epoch_order(total, self.settings.seed, p // total)[p % total]) for p in places]
 
-    def _sample(self, encoded: Sequence[Array], rollout: int, model: PreTrainedModel, greedy: bool) -> list[Completion]:
-        s = self.settings
+    def draw(
+        self,
+        encoded: Sequence[Array],
+        model: PreTrainedModel,
+        *,
+        seed: int,
+        num_samples: int,
+        temperature: float,
+        mixture: Mixture | None = None,
+    ) -> list[Completion]:
+        """Answers to encoded prompts, by the settings where nothing else is given."""
         params = SamplingParams(
-            max_new_tokens=s.max_new_tokens,
-            temperature=0.0 if greedy else s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            num_samples=1 if greedy else s.samples,
-            seed=mix_seed(s.seed, rollout),
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=temperature,
+            top_p=self.settings.top_p,
+            top_k=self.settings.top_k,
+            num_samples=num_samples,
+            seed=seed,
             stop_token_ids=stop_token_ids(self.base.tokenizer),
         )
-        bf16 = sample_in_bf16(s.precision, model.device.type, count_parameters(model))
-        return generate(model, self.base.tokenizer, encoded, params, bf16=bf16)
+        bf16 = sample_in_bf16(self.settings.precision, model.device.type, count_parameters(model))
+        return generate(model, self.base.tokenizer, encoded, params, bf16=bf16, mixture=mixture)
 
     def log(self, rollout: Rollout, more: Mapping[str, Array]) -> None:
         """Whole groups into samples.jsonl, for people to read: some of the first and of the last rollout, one of each
@@ -149,8 +163,8 @@ class Sampler:
 
 
 def build_sampler(
-    settings: RolloutSettings, context: Context, base: Base, ledger: Ledger, updates_per_rollout: int
-) -> Sampler:
+    settings: SettingsT, context: Context, base: Base, ledger: Ledger, updates_per_rollout: int
+) -> Sampler[SettingsT]:
     """The sampler over prompts.jsonl of the input `data`, judged as the settings say.
 
     Answers and verifiers are asked of the prompts where the verifier is a source of the reward.
@@ -176,7 +190,7 @@ def build_sampler(
     return sampler
 
 
-def load_rewarder(settings: RolloutSettings, context: Context, base: Base) -> Rewarder:
+def load_rewarder(settings: SamplingSettings | AnswerSettings, context: Context, base: Base) -> Rewarder:
     """What judges the answers; `reward: model` reads the input `reward_model`, a reward model or one of steps.
 
     RecipeError where the setting and the input do not go together.
