@@ -197,7 +197,7 @@ def test_every_setting_is_read_when_stages_run(
         tmp_path / "folder",
     )
     write_jsonl(tmp_path / "stepwise.jsonl", step_rows)
-    steps = recipe.ProcessRewardModelSettings(updates=1, bin_tokens=192, separator=";")
+    steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
     inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
     workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
     texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
