@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_one_bad_answer_does_not_touch_the_others(run: Callable[..., Told], name
     begin = time.monotonic()
     assert run(name, "a", "x", "b") == [(1.0, "scored"), (None, told), (1.0, "scored")]
     assert time.monotonic() - begin < 40  # a few starts of a child on a busy machine
+
+
+def test_the_process_goes_with_the_rewarder(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(prompts, completions): return [1.0] * len(completions)")
+    rewarder = build_function_rewarder(f"{tmp_path / 'mine.py'}:f", seconds=1.0, batch_seconds=2.0)
+    assert [r.value for r in rewarder(build_items(["a"]))] == [1.0]
+    process = rewarder.args[0]._child  # type: ignore[attr-defined]
+    assert process.poll() is None
+    del rewarder
+    gc.collect()
+    assert process.wait(10) != 0
 
 
 def test_mistakes_show_before_training(run: Callable[..., Told], tmp_path: Path) -> None:
