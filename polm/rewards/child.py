@@ -152,22 +152,28 @@ class Child:
 
 
 def end_process(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Kills a process, if it is one of this process's own and not of the one that this was forked from."""
-    if os.getpid() == owner:
+    """Kills a process and what it has started, if it is one of this process's own and not of the one that this was
+    forked from."""
+    if os.getpid() != owner:
+        return
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a session, and so a group, of its own
         process.kill()
-        process.wait()
+    process.wait()
 
 
 def serve(prepare: Callable[[], Callable[[dict[str, Any]], Mapping[str, Any]]]) -> None:
     """The child's side: `prepare` loads what is needed and returns the function that answers a request; then one
     request a line until the input ends. Whatever is printed goes to the standard error output, so that it never looks
-    like a reply."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    like a reply, and whoever reads the standard input finds it empty."""
+    replies, requests = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     answer = prepare()
     replies.write("{}\n")
     replies.flush()
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         _set_alarm(request["seconds"] + GRACE_SECONDS)
         reply = answer(request)
