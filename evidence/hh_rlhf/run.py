@@ -40,6 +40,7 @@ from polm.flywheel.store import Work, execute, external_key
 from polm.models.heads import load_scalar_model
 from polm.models.loading import load_model, load_tokenizer
 from polm.recipe import (
+    AnnotateSettings,
     DPOSettings,
     ModelShape,
     OptimizerSettings,
@@ -55,7 +56,7 @@ from polm.tokens import Tree, tree_length
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent.parent / "runs" / "hh_rlhf"
 SPLIT_SEED, TEST_SHARE, VALIDATION_SHARE = 0, 0.2, 0.125  # an eighth of the training 80 % is a tenth of all
-CONTEXT = 256
+CONTEXT = 192
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ WHOLE = Scale(
     shape=ModelShape(
         hidden_size=96, num_layers=2, num_heads=4, num_key_value_heads=4, intermediate_size=256, max_positions=CONTEXT
     ),
-    vocab_size=8192,
-    pretrain_epochs=1.0,
-    reward_rates=(0.0003, 0.001, 0.003),
+    vocab_size=4096,
+    pretrain_epochs=0.5,
+    reward_rates=(0.001, 0.003),
     dpo_rates=(0.0003, 0.001),
     epochs=1.0,
-    prompt_tokens=64,
-    answer_tokens=96,
+    prompt_tokens=48,
+    answer_tokens=64,
     max_pairs=1 << 30,
 )
 TINY = replace(
@@ -97,7 +98,6 @@ TINY = replace(
     shape=WHOLE.shape.model_copy(update={"hidden_size": 32, "num_layers": 1, "intermediate_size": 64}),
     vocab_size=1024,
     pretrain_epochs=0.03,
-    reward_rates=(0.001, 0.003),
     epochs=0.5,
     max_pairs=200,
 )
@@ -223,7 +223,10 @@ def train_reward_model(scale: Scale, base: Path, runs: Path, data: str, rate: fl
 
 def train_dpo(scale: Scale, base: Path, runs: Path, data: str, rate: float, seed: int) -> Path:
     settings = DPOSettings(epochs=scale.epochs, **build_training(rate, seed=seed, bins=2))
-    return make("dpo", settings, {"base": base, "data": runs / data}, runs / f"dpo-{data}-{rate}-{seed}")
+    once = AnnotateSettings(data="preferences", max_tokens=CONTEXT, precision="fp32")
+    reference = make("annotate", once, {"model": base, "data": runs / data}, runs / f"reference-{data}")
+    inputs = {"base": base, "data": runs / data, "reference": reference}
+    return make("dpo", settings, inputs, runs / f"dpo-{data}-{rate}-{seed}")
 
 
 def compute_margins(method: str, folder: Path, base: Path, part: Part) -> tuple[Floats, Floats]:
