@@ -25,6 +25,28 @@ class Settings(BaseModel):
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+Readers = Mapping[str, Mapping[str, Any]]  # choice -> the knobs that it reads, with their defaults
+
+
+def require_readers(settings: Settings, choice: str, readers: Readers) -> None:
+    """ValueError for a knob that is given and that the chosen value of `choice` does not read."""
+    chosen = getattr(settings, choice)
+    for name in sorted({name for knobs in readers.values() for name in knobs} - set(readers[chosen])):
+        if getattr(settings, name) is not None:
+            others = ", ".join(other for other, knobs in readers.items() if name in knobs)
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}, and {choice}: {chosen} does not read it; leave it out "
+                f"({chosen} reads {', '.join(sorted(readers[chosen])) or 'no knob'}; {name} is read by {others})"
+            )
+
+
+def fill_defaults(values: Any, choice: str, default: str, readers: Readers) -> Any:
+    """The values with the defaults of the chosen value of `choice`, so that a resolved recipe says what was used."""
+    if not isinstance(values, dict):
+        return values
+    chosen = values.get(choice, default)
+    defaults = readers.get(chosen, {}) if isinstance(chosen, str) else {}
+    return {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
 
 
 def load_settings(

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from polm.config import Settings
+from polm.config import Settings, fill_defaults, require_readers
+from polm.recipe_rewards import RewardSettings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -234,6 +235,10 @@ class MidtrainSettings(PackedSettings):
 
 
 class SFTSettings(PackedSettings):
+    loss: Literal["nll", "dft"] = Field("nll", description="dft: each token's loss is weighted by its own probability")
+    neftune_alpha: NotNegative = Field(
+        0.0, description="NEFTune: scale of the noise on the input embeddings while training; 0 = none, papers use 5"
+    )
     train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last")
     chat_template: str | None = Field(None, description="set this template of ours; needed where the base has none")
 
@@ -302,23 +307,12 @@ class DPOSettings(PackedSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_knobs(cls, values: Any) -> Any:
-        """The defaults of the chosen loss, so that a resolved recipe says what was used."""
-        if not isinstance(values, dict):
-            return values
-        loss = values.get("loss", "sigmoid")
-        defaults = PREFERENCE_KNOBS.get(loss, {}) if isinstance(loss, str) else {}
-        return {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
+        return fill_defaults(values, "loss", "sigmoid", PREFERENCE_KNOBS)
 
     @model_validator(mode="after")
     def _check_knobs(self) -> DPOSettings:
+        require_readers(self, "loss", PREFERENCE_KNOBS)
         read = PREFERENCE_KNOBS[self.loss]
-        for name in sorted({name for knobs in PREFERENCE_KNOBS.values() for name in knobs} - set(read)):
-            if getattr(self, name) is not None:
-                others = ", ".join(loss for loss, knobs in PREFERENCE_KNOBS.items() if name in knobs)
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, and loss: {self.loss} does not read it; leave it out "
-                    f"({self.loss} reads {', '.join(sorted(read))}; {name} is read by {others})"
-                )
         if self.loss in ("robust", "exo") and not self.label_smoothing:
             raise ValueError(f"loss: {self.loss} needs label_smoothing above 0, for example {read['label_smoothing']}")
         if self.per_token and self.ld_alpha is not None:
@@ -353,27 +347,40 @@ class ProcessRewardModelSettings(PackedSettings):
     )
 
 
-class GRPOSettings(TrainSettings):
-    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+class SamplingSettings(TrainSettings, RewardSettings):
+    """What every stage has that learns from its own samples."""
 
     prompts_per_rollout: Count = 32
-    samples: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: Count = 1
+    samples: Count = Field(8, description="answers to each prompt of a rollout")
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Number = 0
     max_new_tokens: Count = 64
-    clip_low: Share = 0.2
-    clip_high: Positive = 0.2
+
+
+class RolloutSettings(SamplingSettings):
+    """What the policy-gradient stages have besides."""
+
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    importance_cap: Positive | None = Field(
+        None, description="weight what the generator drew by min(p_trainer / p_generator, this); none = as it is"
+    )
     kl_groups: Number = Field(
         4,
         description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",
         json_schema_extra=NOT_SEMANTIC,
     )
+
+
+class GRPOSettings(RolloutSettings):
+    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+
+    samples: Annotated[int, Field(ge=2)] = 8
+    updates_per_rollout: Count = 1
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
     normalize: Literal["tokens", "sequences", "constant"] = "tokens"
     advantage_scale: Literal["std", "none"] = "std"
-    time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")
 
     @model_validator(mode="after")
     def _check_parts(self) -> GRPOSettings:
@@ -382,18 +389,50 @@ class GRPOSettings(TrainSettings):
         return self
 
 
-class PairsSettings(Settings):
-    """Preference pairs from a model's own samples: a right answer over a wrong one to the same prompt."""
+class AnswerSettings(RewardSettings):
+    """What every stage has that makes data of a model's judged answers."""
 
     seed: Seed = 0
-    num_prompts: Count = 500
-    samples: Annotated[int, Field(ge=2)] = 4
-    pairs_per_prompt: Count = 1
+    num_prompts: Number = Field(500, description="0 = all")
+    samples: Count = Field(4, description="answers to each prompt")
     temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Number = 0
     max_new_tokens: Count = 64
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = 1
-    time_limit: Positive = 3.0
+
+
+# What each way to choose pairs reads, with its default.
+PAIR_KNOBS: dict[str, dict[str, Any]] = {
+    "best_worst": {"pairs_per_prompt": 1},
+    "rso": {"rso_beta": 0.5, "rso_accepted": 8, "rso_rounds": "first"},
+}
+
+
+class PairsSettings(AnswerSettings):
+    """Preference pairs from a model's own samples: a better answer over a worse one to the same prompt."""
+
+    samples: Annotated[int, Field(ge=2)] = 4
+    choose: Literal["best_worst", "rso"] = Field(
+        "best_worst", description="rso: statistical rejection sampling, then pairs at random; wants many samples (64)"
+    )
+    pairs_per_prompt: Count | None = Field(None, description="best_worst: at most so many pairs a prompt")
+    rso_beta: Positive | None = Field(None, description="rso: temperature of the reward in the acceptance")
+    rso_accepted: Annotated[int, Field(ge=2)] | None = Field(None, description="rso: answers accepted of a prompt's")
+    rso_rounds: Literal["first", "all"] | None = Field(
+        None, description="rso: pairs of the first round only, or of the whole tournament"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_knobs(cls, values: Any) -> Any:
+        return fill_defaults(values, "choose", "best_worst", PAIR_KNOBS)
+
+    @model_validator(mode="after")
+    def _check_knobs(self) -> PairsSettings:
+        require_readers(self, "choose", PAIR_KNOBS)
+        return self
 
 
 class AnnotateSettings(Settings):
@@ -526,6 +565,10 @@ class Recipe(Settings):
             mine = [name for name, value in given.items() if value != MicroscopeSettings.model_fields[name].default]
             if mine:
                 raise ValueError(f"microscope.{mine[0]} is set by the flywheel from each arm; leave it out")
+        if "model" in self.grpo.reward:
+            raise ValueError(
+                "grpo.reward: model needs a reward model, and a flywheel makes none; run `polm grpo` itself"
+            )
         if self.dpo is None and any(arm.guide == "dpo" for arm in self.arms.values()):
             raise ValueError("an arm has guide: dpo, and dpo is null")
         return self

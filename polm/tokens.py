@@ -195,7 +195,8 @@ class Loss:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs from the engine. `candidates` names the int stream [T, K] of token ids to score.
+    """What an objective needs from the engine. `candidates` names the int stream [T, K] of token ids to score;
+    `embedding_noise` is NEFTune's alpha: the scores are those under noisy input embeddings (0 = plain).
 
     `values` asks for values at every token, of a scalar model (`polm.models.heads`); nothing else can be asked of it.
     """
@@ -203,6 +204,7 @@ class Needs:
     entropy: bool = False
     candidates: str | None = None
     collisions: bool = False
+    embedding_noise: float = 0.0
     values: bool = False
 
 

@@ -42,8 +42,10 @@ from polm.recipe import (
     SFTSettings,
     TokenizerSettings,
 )
+from polm.recipe_online import OnlineSettings, RejectionSettings
+from polm.recipe_rl import PPOSettings, ReinforcePPSettings, ReMaxSettings, RLOOSettings
+from polm.rewards import sources
 from polm.rewards.verify import Verdict, VerifyItem
-from polm.stages import grpo, pairs
 from polm.stages.common import Context
 from polm.stages.table import STAGES
 from polm.text.tokenizer import train_tokenizer
@@ -56,6 +58,7 @@ SHAPE = ModelShape(
 )
 MUON = OptimizerSettings(kind="muon", learning_rate=0.02, embedding_learning_rate=0.01)
 LENGTH: dict[str, Any] = {"bin_tokens": 192, "precision": "fp32", "optimizer": MUON}
+ROLLOUTS: dict[str, Any] = {**LENGTH, "prompts_per_rollout": 4, "samples": 4, "max_new_tokens": 8}
 MIDTRAIN: dict[str, Any] = {**LENGTH, "updates": 6, "bins_per_update": 2}
 
 Spec = tuple[str, Settings, Mapping[str, str]]
@@ -76,6 +79,16 @@ ARTIFACTS: dict[str, Spec] = {
         PairsSettings(num_prompts=12, samples=4, max_new_tokens=8, precision="fp32"),
         {"base": "sft", "data": "data"},
     ),
+    "rejection": (
+        "rejection",
+        RejectionSettings(samples=4, max_new_tokens=8, temperature=1.5, precision="fp32"),
+        {"base": "sft", "data": "data"},
+    ),
+    "online": (
+        "online",
+        OnlineSettings(**LENGTH, updates=3, prompts_per_rollout=6, samples=4, max_new_tokens=8),
+        {"base": "sft", "data": "data"},
+    ),
     "dpo": ("dpo", DPOSettings(**LENGTH, epochs=6), {"base": "sft", "data": "pairs"}),
     "reward_model": (
         "reward_model",
@@ -86,6 +99,31 @@ ARTIFACTS: dict[str, Spec] = {
         "grpo",
         GRPOSettings(
             **LENGTH, updates=4, updates_per_rollout=2, prompts_per_rollout=4, samples=4, max_new_tokens=8, kl_beta=0.01
+        ),
+        {"base": "dpo", "data": "data"},
+    ),
+    "rloo": (
+        "rloo",
+        RLOOSettings(**ROLLOUTS, updates=4, updates_per_rollout=2, kl_beta=0.05),
+        {"base": "dpo", "data": "data"},
+    ),
+    "reinforce_pp": (
+        "reinforce_pp",
+        ReinforcePPSettings(**ROLLOUTS, updates=2, kl_beta=0.05, baseline="group", importance_cap=2.0),
+        {"base": "dpo", "data": "data"},
+    ),
+    "remax": ("remax", ReMaxSettings(**ROLLOUTS, updates=2), {"base": "dpo", "data": "data"}),
+    "ppo": (
+        "ppo",
+        PPOSettings(
+            **ROLLOUTS,
+            updates=8,
+            epochs_per_rollout=2,
+            minibatches=2,
+            kl_target=0.5,
+            kl_horizon=32,
+            whiten_rewards=True,
+            critic_optimizer=OptimizerSettings(learning_rate=0.01),
         ),
         {"base": "dpo", "data": "data"},
     ),
@@ -143,8 +181,7 @@ class Workshop:
         """Run a stage through the store, answers judged by length; returns the manifest."""
         keys = {role: external_key(source) for role, source in inputs.items()}
         with pytest.MonkeyPatch.context() as patch:
-            for module in (pairs, grpo):
-                patch.setattr(module, "verify_many", judge_by_length)
+            patch.setattr(sources, "verify_many", judge_by_length)
             work = Work(STAGES[stage], settings, inputs, keys, out)
             return execute(work, Context(out, inputs, say=lambda _: None))
 

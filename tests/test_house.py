@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe
+from polm import recipe, recipe_online, recipe_rewards, recipe_rl
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
-from polm.config import Settings
+from polm.config import Settings, validate
 from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
@@ -34,7 +34,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe"},
+    {"tokens", "errors", "config", "recipe", "recipe_online", "recipe_rewards", "recipe_rl"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -55,9 +55,13 @@ HANDED_ON = {
     "ModelShape": "build_model(**model_dump): its parameters carry the same names",
 }
 
+# Stages that learn from rollouts, beside grpo, and the classes that their settings share.
+RL = ("rloo", "reinforce_pp", "remax", "ppo")
+ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py"}
+RECIPES = (recipe, recipe_online, recipe_rewards, recipe_rl)
+BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -67,9 +71,25 @@ READ_ELSEWHERE = {
     "FilesData.media": "data stage, with records that refer to images",
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
-    "GRPOSettings.epochs": "grpo stage, without updates",
+    **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
+    **{
+        f"{kind}Settings.batch_limit": "rewards, with reward: function"
+        for kind in ("Reward", "Answer", "Pairs", "Rejection", *ROLLOUT_SETTINGS)
+    },
     "Recipe.workers": "the command line",
 }
+# Stages run once more, in the other ways that they have: their knobs are read there only.
+SHORT: dict[str, dict[str, Any]] = {
+    "rejection": {"max_new_tokens": 8, "temperature": 1.5, "precision": "fp32"},
+    "pairs": {"num_prompts": 8, "max_new_tokens": 4, "temperature": 1.5, "precision": "fp32"},
+    "online": {"updates": 1, "prompts_per_rollout": 2, "max_new_tokens": 4, "precision": "fp32", "bin_tokens": 192},
+}
+OTHER_WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rejection", {"keep": "top_share", "share": 1.0}),
+    ("pairs", {"choose": "rso", "samples": 8}),
+    ("online", {"method": "xpo"}),
+    ("online", {"method": "nash_md"}),
+)
 
 
 def parse(path: Path) -> ast.Module:
@@ -127,8 +147,9 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for name, value in vars(recipe).items()
-        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == recipe.__name__
+        for module in RECIPES
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
 
 
@@ -148,7 +169,7 @@ def test_every_setting_has_a_reader() -> None:
     read = {
         node.attr
         for path in FILES
-        if path.name != "recipe.py"
+        if path.name not in BOOKKEEPERS
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
@@ -170,11 +191,16 @@ def test_every_setting_is_read_when_stages_run(
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "reward_model", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
+    for name in ("eval", "reward_model", "rejection", "online", *RL):
+        workshop(name)
+    for name in ("remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
         workshop.run("microscope", settings, workshop.inputs("microscope"), tmp_path / f"look-{weighting}")
+    for stage, changes in OTHER_WAYS:
+        settings = validate(type(workshop.spec(stage)[1]), {**SHORT[stage], **changes}, "the test")
+        workshop.run(stage, settings, workshop.inputs(stage), tmp_path / "-".join((stage, *map(str, changes.values()))))
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)
     more = {"updates": 4, "bin_tokens": 192, "schedule": schedule, "optimizer": muon, "checkpoint_every": 1}
@@ -191,7 +217,7 @@ def test_every_setting_is_read_when_stages_run(
         tmp_path / "folder",
     )
     write_jsonl(tmp_path / "stepwise.jsonl", step_rows)
-    steps = recipe.ProcessRewardModelSettings(updates=1, bin_tokens=192, separator=";")
+    steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
     inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
     workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
     texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
@@ -243,7 +269,14 @@ def test_a_stage_has_one_name(name: str) -> None:
 
 
 def test_there_is_no_stage_beside_the_table() -> None:
-    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "common", "table"}
+    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {
+        "__init__",
+        "answers",
+        "common",
+        "rollout_source",
+        "rollouts",
+        "table",
+    }
     assert files == set(STAGES)
     assert set(STAGE_HELP) == set(STAGES)
 

@@ -324,11 +324,17 @@ STAGE_HELP = {
     "microscope": "which tokens a reference lifts and damps",
     "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
     "sft": "supervised fine-tuning",
+    "rejection": "a model's own best answers as SFT data (rejection sampling, RAFT)",
     "pairs": "preference pairs from a model's own samples",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
+    "online": "online preference optimisation (online DPO, XPO, Nash-MD)",
     "reward_model": "a reward model from preference pairs",
     "process_reward_model": "a process reward model from labelled steps",
     "grpo": "reinforcement learning with verifiable rewards",
+    "rloo": "reinforcement learning with a leave-one-out baseline",
+    "reinforce_pp": "reinforcement learning by REINFORCE++",
+    "remax": "reinforcement learning with the greedy answer as the baseline",
+    "ppo": "reinforcement learning by PPO, with a critic",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

@@ -9,7 +9,8 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,30 +32,41 @@ from polm.data.records import Preference as Preference
 from polm.data.records import Prompt as Prompt
 from polm.errors import DataError, StoreError
 
+PROMPT_COLUMNS = frozenset(field.name for field in fields(Prompt)) - {"columns"}
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 
 
-def read_weighted_documents(path: Path) -> list[Document]:
+def iterate_documents(path: Path) -> Iterator[Document]:
     """Reads plain documents: {"text": ...} rows, or a `.txt` file with blank lines between documents."""
-    return [build_document(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (build_document(f"{path}:{line}", row) for line, row in read_rows(path))
+
+
+def read_weighted_documents(path: Path) -> list[Document]:
+    """All of `iterate_documents`."""
+    return list(iterate_documents(path))
 
 
 def read_documents(path: Path) -> list[str]:
-    """The texts of `read_weighted_documents`."""
-    return [document.text for document in read_weighted_documents(path)]
+    """The texts of `iterate_documents`."""
+    return [document.text for document in iterate_documents(path)]
 
 
-def read_conversations(path: Path) -> list[Conversation]:
+def iterate_conversations(path: Path) -> Iterator[Conversation]:
     """Reads conversations; each row may have a format of its own (see CONVERSATION_FORMATS).
 
     Raises:
         DataError: an unknown layout, an unknown role, contents that are not text, records that refer to images or
             other media, or a conversation in which the assistant says nothing.
     """
-    return [_build_conversation(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (_build_conversation(f"{path}:{line}", row) for line, row in read_rows(path))
 
 
-def read_preferences(path: Path) -> list[Preference]:
+def read_conversations(path: Path) -> list[Conversation]:
+    """All of `iterate_conversations`."""
+    return list(iterate_conversations(path))
+
+
+def iterate_preferences(path: Path) -> Iterator[Preference]:
     """Reads preference pairs (see `normalise.PREFERENCE_FORMATS`).
 
     Without a prompt, the prompt is what the two conversations have in common at their beginning. An empty reply is
@@ -63,12 +75,22 @@ def read_preferences(path: Path) -> list[Preference]:
     Raises:
         DataError: an unknown layout, or replies of more than one message.
     """
-    return [build_preference(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (build_preference(f"{path}:{line}", row) for line, row in read_rows(path))
+
+
+def read_preferences(path: Path) -> list[Preference]:
+    """All of `iterate_preferences`."""
+    return list(iterate_preferences(path))
+
+
+def iterate_feedback(path: Path) -> Iterator[Feedback]:
+    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
+    return (build_feedback(f"{path}:{line}", row) for line, row in read_rows(path))
 
 
 def read_feedback(path: Path) -> list[Feedback]:
-    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
-    return [build_feedback(f"{path}:{line}", row) for line, row in read_rows(path)]
+    """All of `iterate_feedback`."""
+    return list(iterate_feedback(path))
 
 
 def is_feedback(path: Path) -> bool:
@@ -81,13 +103,19 @@ def read_stepwise(path: Path) -> list[Stepwise]:
     return [build_stepwise(f"{path}:{line}", row) for line, row in read_rows(path)]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Reads prompts with verifiable answers (see PROMPT_FORMATS); here each must name its verifier."""
+def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
+    """Reads prompts with verifiable answers (see PROMPT_FORMATS); here each must name its verifier.
+
+    Without `judged` a prompt is enough: answer and verifier may be missing, and are then empty.
+    """
     prompts = []
     for line, row in read_rows(path):
         place = f"{path}:{line}"
-        require_columns(place, row, ["prompt", "answer", "verifier"], PROMPT_FORMATS)
-        prompts.append(build_prompt(place, row))
+        if judged:
+            require_columns(place, row, ["prompt", "answer", "verifier"], PROMPT_FORMATS)
+        found = build_prompt(place, row if judged else {"answer": "", "verifier": "", **row})
+        columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
+        prompts.append(replace(found, columns=columns) if columns else found)
     return prompts
 
 

@@ -74,7 +74,7 @@ def build_step_trees(
     too_long: Policy,
     ledger: Ledger,
     last_only: bool = False,
-) -> list[Tree]:
+) -> Sequence[Tree]:
     """A tree for each record, its steps' labels from 0 (wrong) to 1 (right) as targets.
 
     last_only   only the last step is a target

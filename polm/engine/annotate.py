@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from polm.data.packing import pack_best_fit
+from polm.data.tree_store import measure_trees
 from polm.engine.score import score, score_top_k
-from polm.tokens import Array, Needs, TokenBatch, Tree, collate, tree_length
+from polm.tokens import Array, Needs, TokenBatch, Tree, collate
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def annotate_trees(
 
     Trees of like length share a bin, so that attention pads little. `report` receives (bins done, bins).
     """
-    total = sum(tree_length(tree) for tree in trees)
+    total = int(measure_trees(trees).sum())
     out = Annotation(np.zeros(total, dtype=np.float32))
     if top_k:
         size = min(top_k, int(model.get_output_embeddings().weight.shape[0]))
@@ -68,7 +69,7 @@ def compute_tree_values(
 
     Bins and `report` are those of `annotate_trees`.
     """
-    total = sum(tree_length(tree) for tree in trees)
+    total = int(measure_trees(trees).sum())
     values: Array | None = None
     is_target = np.zeros(total, dtype=np.bool_)
     model.eval()
@@ -85,10 +86,9 @@ def _iterate_bins(
     trees: Sequence[Tree], bin_tokens: int, device: str, report: Callable[[int, int], None] | None
 ) -> Iterator[tuple[TokenBatch, Array]]:
     """Batches over all trees, and the place of each of their targets among all tokens of all trees."""
-    lengths = [tree_length(tree) for tree in trees]
+    lengths = measure_trees(trees)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    order = sorted(range(len(trees)), key=lambda i: (-lengths[i], i))
-    bins = pack_best_fit(lengths, max(bin_tokens, max(lengths, default=1)), order)
+    bins = pack_best_fit(lengths, max(bin_tokens, int(lengths.max(initial=1))), np.argsort(-lengths, kind="stable"))
     for done, members in enumerate(bins, start=1):
         batch = collate(trees[i] for i in members)
         places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in members])

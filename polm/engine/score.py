@@ -6,6 +6,7 @@ Shape suffixes: N targets, D width, V vocabulary, K token ids scored per target 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.errors import ModelError
+from polm.models.actor_critic import ActorCritic, Trained
 from polm.models.forest_attention import round_rows
 from polm.models.heads import compute_values, find_scalar_head
 from polm.models.loading import compute_hidden, output_head
+from polm.signals.noise import draw_embedding_noise
 from polm.tokens import Needs, Scores, TokenBatch
 
 MAX_LOGITS = 1 << 24  # logits of one chunk: 64 MB in float32
@@ -27,7 +30,7 @@ def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def score(
-    model: PreTrainedModel,
+    model: Trained,
     batch: TokenBatch,
     needs: Needs | None = None,
     *,
@@ -36,16 +39,25 @@ def score(
 ) -> Scores:
     """Score every target of `batch` (on the model's device) under `model`.
 
-    `temperature` divides the logits, so that a tempered policy is trained as it was sampled. Gradients flow to the
-    model when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
+    `temperature` divides the logits, so that a tempered policy is trained as it was sampled. `needs.embedding_noise`
+    is drawn from the batch's seed; only the training loop asks for it, by its objective. Gradients flow to the model
+    when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
 
-    A scalar model gives values (`needs.values`) and nothing else; ModelError where an objective and a model do not fit.
+    A scalar model gives values (`needs.values`) and nothing else, a policy with its critic both; ModelError where an
+    objective and a model do not fit.
     """
     needs = needs or Needs()
+    if isinstance(model, ActorCritic):
+        scores = score(model.policy, batch, replace(needs, values=False), temperature=temperature, bf16=bf16)
+        values = score(model.critic, batch, Needs(values=True), bf16=bf16) if needs.values else None
+        return scores if values is None else replace(scores, values_TL=values.values_TL)
     device = batch.tokens_T.device.type
     _require_fit(model, needs)
+    noise_TD = None
+    if needs.embedding_noise:
+        noise_TD = draw_embedding_noise(batch, int(model.get_input_embeddings().weight.shape[1]), needs.embedding_noise)
     with autocast(device, bf16):
-        hidden_TD = compute_hidden(model, batch, round_up=bf16)
+        hidden_TD = compute_hidden(model, batch, round_up=bf16, noise_TD=noise_TD)
     if needs.values:
         return Scores(hidden_TD.new_zeros(0), values_TL=compute_values(model, hidden_TD))
     ids_NK = batch.target_tokens_N[:, None]

@@ -245,16 +245,24 @@ def _check_forest(
         )
 
 
-def compute_hidden(model: PreTrainedModel, batch: TokenBatch, *, round_up: bool = False) -> torch.Tensor:
+def compute_hidden(
+    model: PreTrainedModel, batch: TokenBatch, *, round_up: bool = False, noise_TD: torch.Tensor | None = None
+) -> torch.Tensor:
     """Final hidden states of the stream, [T, width], after the last norm.
 
     With `round_up` the products run over a round number of rows (see `round_rows`); the spare rows are cut off again.
+    `noise_TD` is added to what the embedding layer gives.
     """
     spare = round_rows(batch.num_tokens) - batch.num_tokens if round_up else 0
     plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare)
-    decoder = model.get_decoder()
-    out = decoder(
-        input_ids=torch.nn.functional.pad(batch.tokens_T, (0, spare))[None],
+    ids = torch.nn.functional.pad(batch.tokens_T, (0, spare))[None]
+    tokens: dict[str, torch.Tensor] = {"input_ids": ids}
+    if noise_TD is not None:
+        embedded: torch.Tensor = model.get_input_embeddings()(ids)
+        noise = torch.nn.functional.pad(noise_TD, (0, 0, 0, spare))[None]
+        tokens = {"inputs_embeds": embedded + noise.to(embedded.dtype)}
+    out = model.get_decoder()(
+        **tokens,
         position_ids=torch.nn.functional.pad(batch.positions_T, (0, spare))[None],
         attention_mask=None,
         use_cache=False,

@@ -31,11 +31,12 @@ class RewardItem:
 @dataclass(frozen=True)
 class Reward:
     """`value` is None exactly where the status is `timeout` or `error`; an answer that cannot be parsed has the
-    value 0. `note` says why, for people."""
+    value 0. `note` says why, for people. `parts` are the values by source where the reward is a sum of several."""
 
     value: float | None
     status: RewardStatus
     note: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.value is None) == (self.status in UNJUDGED), self

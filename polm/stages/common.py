@@ -20,21 +20,23 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.config import Settings
-from polm.data.examples import Ledger, attach_streams
+from polm.data.examples import Ledger
 from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, pack_trees
 from polm.data.readers import write_json
+from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import pick_device, set_threads, use_bf16
-from polm.engine.fit import BatchSource, fit
+from polm.engine.fit import BatchSource, Part, fit
 from polm.errors import DataError, ModelError, StoreError, UserError
+from polm.models.actor_critic import ActorCritic
 from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
 from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
-from polm.tokens import Array, Objective, Tree, tree_length
+from polm.tokens import Array, Objective, Tree
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -149,12 +151,25 @@ def train(
     *,
     temperature: float = 1.0,
     more: Mapping[str, Any] | None = None,
+    pair: ActorCritic | None = None,
+    critic: Base | None = None,
+    parts: Sequence[Part] = (),
 ) -> StageResult:
-    """Fit, save an ordinary checkpoint to `model/`, and sum up."""
+    """Fit, save an ordinary checkpoint to `model/`, and sum up. With `pair`, of `base` and `critic`, the critic is
+    trained too, and goes to `critic/`."""
     result = fit(
-        base.model, source, objective, settings, context.workdir, temperature=temperature, report=context.report
+        pair or base.model,
+        source,
+        objective,
+        settings,
+        context.workdir,
+        temperature=temperature,
+        report=context.report,
+        parts=parts,
     )
     save_model(base.model, base.tokenizer, context.workdir / "model")
+    if critic is not None:
+        save_model(critic.model, critic.tokenizer, context.workdir / "critic")
     remove_checkpoints(context.workdir)
     numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}
     summary = {
@@ -189,7 +204,8 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
 
     A pair of two long answers is longer than the context; the longest tree then sets the length of the bins.
     """
-    bin_tokens = max(settings.bin_tokens, max(map(tree_length, trees), default=0))
+    lengths = measure_trees(trees)
+    bin_tokens = max(settings.bin_tokens, int(lengths.max(initial=0)))
     packed = pack_trees(
         trees,
         bin_tokens=bin_tokens,
@@ -202,7 +218,7 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
     ledger["bins"] += len(packed.bins)
     unseen = packed.find_unseen()
     ledger["not_reached"] += len(unseen)
-    ledger["tokens_not_reached"] += sum(tree_length(trees[i]) for i in unseen)
+    ledger["tokens_not_reached"] += int(lengths[unseen].sum())
     ledger["tokens_of_room_unused"] += len(packed.bins) * bin_tokens - ledger["tokens_kept"]
     return packed
 
@@ -323,12 +339,12 @@ def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Seq
     return Annotation(arrays["logprobs"], ids[:, :top_k].astype(np.int64), values[:, :top_k])
 
 
-def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation) -> list[Tree]:
+def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation) -> Sequence[Tree]:
     """Put scores beside the tokens, as the streams `<prefix>_logprobs` and, with top-k, `<prefix>_ids`, `_topk`."""
     streams = {f"{prefix}_logprobs": annotation.logprobs}
     if annotation.top_ids is not None and annotation.top_logprobs is not None:
         streams |= {f"{prefix}_ids": annotation.top_ids, f"{prefix}_topk": annotation.top_logprobs}
-    return attach_streams(trees, streams)
+    return AttachedTrees(trees, streams)
 
 
 def new_ledger() -> Ledger:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from polm.data.benchmarks import BenchmarkItem, parse_plain_number, read_benchmark_folder
 from polm.data.build import build_files_dataset
 from polm.data.readers import (
-    read_conversations,
-    read_feedback,
-    read_preferences,
+    iterate_conversations,
+    iterate_documents,
+    iterate_feedback,
+    iterate_preferences,
     read_prompts,
     read_stepwise,
-    read_weighted_documents,
 )
 from polm.data.records import Prompt
 from polm.data.word_problems import build_word_problems_dataset
@@ -26,12 +26,12 @@ from polm.recipe import DataStage, DemoData, FilesData, FolderData, WordProblems
 from polm.rewards.verify import VERIFIERS
 from polm.stages.common import Context, Stage, StageResult
 
-READERS: dict[str, Callable[[Path], Sequence[object]]] = {
-    "pretrain.jsonl": read_weighted_documents,
-    "midtrain.jsonl": read_weighted_documents,
-    "sft.jsonl": read_conversations,
-    "preferences.jsonl": read_preferences,
-    "feedback.jsonl": read_feedback,
+READERS: dict[str, Callable[[Path], Iterable[object]]] = {
+    "pretrain.jsonl": iterate_documents,
+    "midtrain.jsonl": iterate_documents,
+    "sft.jsonl": iterate_conversations,
+    "preferences.jsonl": iterate_preferences,
+    "feedback.jsonl": iterate_feedback,
     "stepwise.jsonl": read_stepwise,
     "prompts.jsonl": read_prompts,
 }
@@ -95,7 +95,7 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for name, read in READERS.items():
         if (source / name).is_file():
-            files[name] = {"num_records": len(read(source / name))}
+            files[name] = {"num_records": sum(1 for _ in read(source / name))}
             shutil.copyfile(source / name, out / name)
     if not files:
         found = ", ".join(sorted(p.name for p in source.iterdir())[:10]) or "nothing"

@@ -73,7 +73,7 @@ def _build_trees(
     ledger: Ledger,
     *,
     last_only: bool = False,
-) -> list[Tree]:
+) -> Sequence[Tree]:
     return build_step_trees(
         base.tokenizer,
         records,

@@ -61,7 +61,9 @@ def run(settings: RewardModelSettings, context: Context) -> StageResult:
     return StageResult({**result.summary, **flatten_report(report, "holdout")}, result.ledger)
 
 
-def _build_trees(settings: RewardModelSettings, base: Base, pairs: Sequence[Preference], ledger: Ledger) -> list[Tree]:
+def _build_trees(
+    settings: RewardModelSettings, base: Base, pairs: Sequence[Preference], ledger: Ledger
+) -> Sequence[Tree]:
     limit = min(settings.bin_tokens, base.max_positions)
     return build_preference_trees(
         base.tokenizer, pairs, context=limit, too_long=settings.too_long, ledger=ledger, supervise="end"
