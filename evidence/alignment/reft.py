@@ -144,16 +144,14 @@ def measure(base: Base, seed: int) -> dict[str, float]:
     return found
 
 
-def train(seed: int, arm: str, more_epochs: int = MORE_EPOCHS, changes: Mapping[str, Any] | None = None) -> Path:
+def train(seed: int, arm: str, more_epochs: int = MORE_EPOCHS) -> Path:
     """The model of an arm."""
     sums, data, warm = prepare(seed)
     if arm == "sft":
         settings = {"seed": seed, **SFT, "epochs": more_epochs}
         return run_stage("sft", sums.folder / f"sft-{more_epochs}", settings, data=data, base=warm)
     if arm == "reft":
-        settings = {"seed": seed, **PPO, **(changes or {})}
-        folder = "-".join(["reft", *(f"{key}-{value}" for key, value in (changes or {}).items() if key != "optimizer")])
-        return run_stage("ppo", sums.folder / folder, settings, data=data, base=warm)
+        return run_stage("ppo", sums.folder / "reft", {"seed": seed, **PPO}, data=data, base=warm)
     return warm
 
 
@@ -224,3 +222,4 @@ if __name__ == "__main__":
     print("warm", measure(load(train(tuning, "warm")), tuning), flush=True)
     for number in (4, MORE_EPOCHS):
         print("sft", number, measure(load(train(tuning, "sft", number)), tuning), flush=True)
+    print("reft", measure(load(train(tuning, "reft")), tuning), flush=True)
