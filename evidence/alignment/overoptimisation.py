@@ -31,7 +31,6 @@ from common import (
     read_rows,
     run_stage,
     sample,
-    seed_file,
     write_row,
 )
 from safetensors.torch import load_file
@@ -44,7 +43,8 @@ from polm.stages.common import Base
 from polm.tokens import Array
 
 PART = "overoptimisation"
-MY_SEEDS = SEEDS[:3]
+MY_SEEDS = (*SEEDS, 105, 106, 107)
+SEEN = SEEDS[:3]  # when the second question was asked: they do not answer it
 PROXY_PAIRS = 200
 BEST_OF, BEST_OF_DRAW, NUM_BEST_OF = (1, 2, 4, 8, 16, 32, 64), 31, 150
 ROLLOUTS, LOOK_EVERY, NUM_LOOK = 40, 5, 200
@@ -173,8 +173,7 @@ def run_algorithm(world: World, sft: Base, proxy: RewardModel, name: str, rate: 
     return points
 
 
-def run(seed: int) -> None:
-    path = seed_file(PART, seed)
+def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
     world = prepare(seed)
     sft = load(world.sft)
@@ -211,37 +210,49 @@ def tune(names: Sequence[str]) -> None:
 
 def build_claims() -> list[dict[str, Any]]:
     """Whether the proxy rises to the end, whether gold is above the SFT model's, and whether gold falls in the second
-    half of the run: from the look at half of the updates to the last (of best-of-n: from n = 8 to 64)."""
-    rows = read_rows(PART)
+    half of the run: from the look at half of the updates to the last (of best-of-n: from n = 8 to 64).
+
+    On the first three seeds gold was highest after 5 to 10 rollouts. So the fall from 10 rollouts on became a question
+    of its own, which only the seeds after them answer.
+    """
+    rows = read_rows(PART, MY_SEEDS)
+    later = [row for row in rows if row["seed"] not in SEEN]
     claims = []
     for name in ("best_of_n", *ALGORITHMS):
-        found = [row["arms"][name] for row in rows if name in row["arms"]]
-        if len(found) < 2:
-            continue
-        half = BEST_OF.index(8) if name == "best_of_n" else len(found[0]) // 2
-        first, last = ("n = 8", "n = 64") if name == "best_of_n" else ("half of the run", "its end")
-        for words, metric, a, b, better in (
-            (f"{name}: gold at {first} is above the SFT model's", "gold", half, 0, "higher"),
-            (f"{name}: gold at {last} is above the SFT model's", "gold", -1, 0, "higher"),
-            (f"{name}: the proxy still rises from {first} to {last}", "proxy", -1, half, "higher"),
-            (f"{name}: gold falls from {first} to {last}", "gold", -1, half, "lower"),
-        ):
-            claims.append(
-                build_claim(
-                    words,
-                    metric=f"overoptimisation/{metric} (points)",
-                    arm=name,
-                    control="sft" if b == 0 else f"{name} at {first}",
-                    differences=[points[a][metric] - points[b][metric] for points in found],
-                    better=better,  # type: ignore[arg-type]
+        is_best = name == "best_of_n"
+        half = BEST_OF.index(8) if is_best else ROLLOUTS // LOOK_EVERY // 2
+        first, last = ("n = 8", "n = 64") if is_best else ("half of the run", "its end")
+        asked = [
+            (rows, f"{name}: gold at {first} is above the SFT model's", "gold", half, 0, "higher"),
+            (rows, f"{name}: gold at {last} is above the SFT model's", "gold", -1, 0, "higher"),
+            (rows, f"{name}: the proxy still rises from {first} to {last}", "proxy", -1, half, "higher"),
+            (rows, f"{name}: gold falls from {first} to {last}", "gold", -1, half, "lower"),
+        ]
+        if not is_best:
+            early, words = 10 // LOOK_EVERY, "from 10 rollouts to the end, seeds not seen before"
+            asked += [
+                (later, f"{name}: the proxy rises {words}", "proxy", -1, early, "higher"),
+                (later, f"{name}: gold falls {words}", "gold", -1, early, "lower"),
+            ]
+        for chosen, words, metric, a, b, better in asked:
+            found = [row["arms"][name] for row in chosen if name in row["arms"]]
+            if len(found) > 1:
+                claims.append(
+                    build_claim(
+                        words,
+                        metric=f"overoptimisation/{metric} (points)",
+                        arm=name,
+                        control="sft" if b == 0 else f"{name}, earlier",
+                        differences=[points[a][metric] - points[b][metric] for points in found],
+                        better=better,  # type: ignore[arg-type]
+                    )
                 )
-            )
     return claims
 
 
 def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
     del claims
-    rows = read_rows(PART)
+    rows = read_rows(PART, MY_SEEDS)
     lines = ["| | KL, nats | proxy | gold | violations | words |", "|---" * 6 + "|"]
     for name in ("best_of_n", *ALGORITHMS):
         found = [row["arms"][name] for row in rows if name in row["arms"]]
@@ -262,7 +273,7 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     del claims
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for number, name in enumerate(("best_of_n", *ALGORITHMS)):
-        found = [row["arms"][name] for row in read_rows(PART) if name in row["arms"]]
+        found = [row["arms"][name] for row in read_rows(PART, MY_SEEDS) if name in row["arms"]]
         for axis, metric in zip(axes, ("gold", "proxy"), strict=True):
             for points in found:
                 roots = [max(p["kl"], 0.0) ** 0.5 for p in points]
@@ -278,11 +289,6 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "overoptimisation.png", dpi=110)
     plt.close(figure)
-
-
-def main(seeds: Sequence[int]) -> None:
-    for seed in seeds or MY_SEEDS:
-        run(seed)
 
 
 if __name__ == "__main__":
