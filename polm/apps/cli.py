@@ -325,6 +325,7 @@ STAGE_HELP = {
     "midtrain": "anneal a base, tokens weighted by a reference (ntp, remit, rho1, distill, plausible, shuffled)",
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs from a model's own samples",
+    "judge": "an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
     "grpo": "reinforcement learning with verifiable rewards",
     "eval": "benchmarks and likelihood",

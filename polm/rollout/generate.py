@@ -115,15 +115,18 @@ def generate(
     max_rows: int = 256,
     max_cache_bytes: int = 1 << 30,
     progress: Callable[[int, int], None] | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue each prompt (token ids) `params.num_samples` times; ordered by (prompt, sample).
 
     `model` comes from `load_model` or `prepare_model`. At most `max_rows` completions are decoded at a time, and no
     more than `max_cache_bytes` of keys and values hold (at least one). `progress(done, total)` counts completions.
+    `streams` gives each prompt a number that takes the place of its index in the draw (see `SamplingParams.seed`), so
+    that its completions do not depend on the prompts beside it.
     The result does not depend on `max_rows`, but for draws so near a boundary that rounding decides them.
     Raises UserError for a prompt that is empty, has unknown ids or leaves no room, NonFiniteError for NaN logits.
     """
-    queue = _build_queue(model, prompts, params)
+    queue = _build_queue(model, prompts, params, streams)
     if max_rows < 1:
         raise UserError(f"max_rows is {max_rows}; expected at least 1")
     if not len(queue.prompt_Q):
@@ -152,9 +155,15 @@ class _Queue:
     group_Q: Array
     prompt_Q: Array
     sample_Q: Array
+    streams: Sequence[int]  # of each prompt: whose random numbers it draws
 
 
-def _build_queue(model: PreTrainedModel, prompts: Sequence[Array | list[int]], params: SamplingParams) -> _Queue:
+def _build_queue(
+    model: PreTrainedModel,
+    prompts: Sequence[Array | list[int]],
+    params: SamplingParams,
+    streams: Sequence[int] | None,
+) -> _Queue:
     vocab = int(model.get_input_embeddings().weight.shape[0])
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)
     members: dict[bytes, list[int]] = {}
@@ -182,6 +191,7 @@ def _build_queue(model: PreTrainedModel, prompts: Sequence[Array | list[int]], p
         group_Q=np.repeat(np.arange(len(groups)), counts),
         prompt_Q=np.repeat(prompt_indices, params.num_samples),
         sample_Q=np.tile(np.arange(params.num_samples), len(prompt_indices)),
+        streams=range(len(prompts)) if streams is None else streams,
     )
 
 
@@ -331,7 +341,7 @@ class _Rows:
         self.reason[slots] = LIVE
         if self.params.temperature > 0:
             pairs = zip(queue.prompt_Q[requests].tolist(), queue.sample_Q[requests].tolist(), strict=True)
-            self.key[slots] = [build_key(self.params.seed, prompt, sample) for prompt, sample in pairs]
+            self.key[slots] = [build_key(self.params.seed, queue.streams[prompt], sample) for prompt, sample in pairs]
         logits_parts: list[Tensor] = []
         last: Prefilled | None = None
         for part in self._read_prompts(int(groups[0]), int(groups[-1])):

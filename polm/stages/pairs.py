@@ -9,14 +9,13 @@ import numpy as np
 
 from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import Prompt, read_prompts, write_jsonl
-from polm.engine.device import sample_in_bf16
 from polm.errors import DataError
-from polm.models.loading import count_parameters
 from polm.recipe import PairsSettings
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
-from polm.rollout.generate import Completion, SamplingParams, generate
+from polm.rollout.answers import sample_answers
+from polm.rollout.generate import Completion
 from polm.stages.common import Context, Stage, StageResult, input_file, load_base, start_stage
-from polm.text.chat import render_prompt, stop_token_ids
+from polm.text.chat import render_prompt
 
 PAIRS = 1  # which stage draws, where stages share a seed and a file of prompts
 
@@ -29,18 +28,15 @@ def run(settings: PairsSettings, context: Context) -> StageResult:
     # Seeds of its own: GRPO walks the same file, and should not begin with the prompts that DPO has just seen.
     order = epoch_order(len(prompts), mix_seed(settings.seed, PAIRS), 0)[: settings.num_prompts]
     chosen = [prompts[int(i)] for i in order]
-    completions = generate(
+    completions = sample_answers(
         base.model,
         base.tokenizer,
         [render_prompt(base.tokenizer, [{"role": "user", "content": p.prompt}]) for p in chosen],
-        SamplingParams(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            num_samples=settings.samples,
-            seed=mix_seed(settings.seed, PAIRS),
-            stop_token_ids=stop_token_ids(base.tokenizer),
-        ),
-        bf16=sample_in_bf16(settings.precision, base.model.device.type, count_parameters(base.model)),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        samples=settings.samples,
+        seed=mix_seed(settings.seed, PAIRS),
+        precision=settings.precision,
         progress=lambda done, total: context.report({"update": done, "num_updates": total}),
     )
     verdicts = judge([(chosen[c.prompt_index], c.text) for c in completions], settings.time_limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polm.stages import annotate, data, dpo, eval, grpo, microscope, midtrain, pairs, pretrain, sft, tokenizer
+from polm.stages import annotate, data, dpo, eval, grpo, judge, microscope, midtrain, pairs, pretrain, sft, tokenizer
 from polm.stages.common import Stage
 
 STAGES: dict[str, Stage] = {
@@ -14,6 +14,7 @@ STAGES: dict[str, Stage] = {
     "midtrain": midtrain.STAGE,
     "sft": sft.STAGE,
     "pairs": pairs.STAGE,
+    "judge": judge.STAGE,
     "dpo": dpo.STAGE,
     "grpo": grpo.STAGE,
     "eval": eval.STAGE,
