@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe
+from polm import recipe, recipe_judge
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings
@@ -23,6 +24,8 @@ from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
 from polm.flywheel.runner import build_plan
 from polm.models.loading import build_model
+from polm.recipe_judge import EndpointSettings
+from polm.rewards import judge
 from polm.stages.table import STAGES
 
 PACKAGE = Path(polm.__file__).parent
@@ -33,7 +36,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe"},
+    {"tokens", "errors", "config", "recipe", "recipe_judge"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -54,9 +57,10 @@ HANDED_ON = {
     "ModelShape": "build_model(**model_dump): its parameters carry the same names",
 }
 
+SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py"}
+BOOKKEEPERS = {"config.py", "recipe.py", "recipe_judge.py"}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -68,6 +72,8 @@ READ_ELSEWHERE = {
     "FilesData.stop": "data stage, with a mixture",
     "GRPOSettings.epochs": "grpo stage, without updates",
     "Recipe.workers": "the command line",
+    **{f"EndpointSettings.{name}": "a judge on a server" for name in EndpointSettings.model_fields},
+    "JudgeSettings.grade_range": "a judge's grade as a reward",
 }
 
 
@@ -126,8 +132,9 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for name, value in vars(recipe).items()
-        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == recipe.__name__
+        for module in (recipe, recipe_judge)
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
 
 
@@ -147,7 +154,7 @@ def test_every_setting_has_a_reader() -> None:
     read = {
         node.attr
         for path in FILES
-        if path.name != "recipe.py"
+        if path.name not in BOOKKEEPERS
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
@@ -190,11 +197,26 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
     texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
     files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
+    run_judges(workshop, tmp_path)
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)
     unread = {name for name in all_fields() if name not in read}
     assert unread == set(READ_ELSEWHERE)
+
+
+def run_judges(workshop: Any, folder: Path) -> None:
+    """A local judge; what the tiny model writes holds no verdict, so a counter stands in for one."""
+    models = {"judge": str(folder / "sft"), "base": str(folder / "sft"), "data": str(folder / "data")}
+    judging = recipe_judge.JudgeSettings(verdict="text", max_new_tokens=8, **SHORT_PROMPTS)
+    more = {"num_prompts": 12, "max_new_tokens": 8, "max_failed": 1, "precision": "fp32"}
+    with pytest.MonkeyPatch.context() as patch:
+        turns = itertools.count()
+        patch.setattr(judge, "read_preference", lambda _: float(next(turns) % 2))
+        patch.setattr(judge, "read_grade", lambda _, scale: scale[0] + next(turns) % scale[1])
+        for by in ("pairs", "scores"):
+            settings = recipe_judge.JudgeStage(judging=judging, mode="sample", by=by, **more)
+            workshop.run("judge", settings, models, folder / f"judge-{by}")
 
 
 def test_sections_that_are_handed_on_whole() -> None:
