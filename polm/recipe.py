@@ -7,9 +7,9 @@ no result, so it is no part of an artifact's key.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from polm.config import Settings
 
@@ -22,6 +22,12 @@ Number = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
 NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
+RewardName = Literal["verifier", "function"]
+
+
+def _as_tuple(value: Any) -> Any:
+    """One word stands for a list of one."""
+    return (value,) if isinstance(value, str) else value
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -326,27 +332,66 @@ class DPOSettings(PackedSettings):
         return self
 
 
-class GRPOSettings(TrainSettings):
-    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+class RewardSettings(Settings):
+    """Where rewards come from: one source, or several whose rewards are added up with weights."""
+
+    reward: Annotated[tuple[RewardName, ...], BeforeValidator(_as_tuple)] = Field(
+        ("verifier",), description="verifier (each prompt's own), function (a Python function of yours); one or several"
+    )
+    reward_weights: dict[RewardName, float] = Field(
+        default_factory=dict, description="weight of each source; 1 where none is given"
+    )
+    reward_function: str | None = Field(
+        None,
+        pattern=r"^.+\.py:[A-Za-z_]\w*$",
+        description="FILE.py:NAME, called as NAME(prompts, completions, **columns)",
+    )
+    partial_reward: Share = Field(0.0, description="verifier: reward of a wrong answer that is a number; ReFT has 0.1")
+    time_limit: Positive = Field(3.0, description="seconds that the reward of one answer may take")
+    batch_limit: Positive = Field(
+        60.0, description="function: seconds for all answers of a rollout; after that they are judged one by one"
+    )
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        if not self.reward or len(set(self.reward)) != len(self.reward):
+            raise ValueError(f"reward {list(self.reward)}: give at least one source, each once")
+        unknown = sorted(set(self.reward_weights) - set(self.reward))
+        if unknown:
+            raise ValueError(f"reward_weights names {unknown}, which reward {list(self.reward)} does not have")
+        if ("function" in self.reward) != (self.reward_function is not None):
+            raise ValueError("reward: function and reward_function=FILE.py:NAME go together: give both, or neither")
+        if self.partial_reward and "verifier" not in self.reward:
+            raise ValueError("partial_reward belongs to reward: verifier; leave it out")
+        return self
+
+
+class RolloutSettings(TrainSettings, RewardSettings):
+    """What every stage has that learns from its own samples."""
 
     prompts_per_rollout: Count = 32
-    samples: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: Count = 1
+    samples: Count = Field(8, description="answers to each prompt of a rollout")
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Number = 0
     max_new_tokens: Count = 64
-    clip_low: Share = 0.2
-    clip_high: Positive = 0.2
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
     kl_groups: Number = Field(
         4,
         description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",
         json_schema_extra=NOT_SEMANTIC,
     )
+
+
+class GRPOSettings(RolloutSettings):
+    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+
+    samples: Annotated[int, Field(ge=2)] = 8
+    updates_per_rollout: Count = 1
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
     normalize: Literal["tokens", "sequences", "constant"] = "tokens"
     advantage_scale: Literal["std", "none"] = "std"
-    time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")
 
     @model_validator(mode="after")
     def _check_parts(self) -> GRPOSettings:

@@ -45,8 +45,9 @@ from polm.recipe import (
     SFTSettings,
     TokenizerSettings,
 )
+from polm.rewards import sources
 from polm.rewards.verify import Verdict, VerifyItem
-from polm.stages import grpo, pairs
+from polm.stages import pairs
 from polm.stages.common import Context
 from polm.stages.table import STAGES
 from polm.text.tokenizer import train_tokenizer
@@ -141,7 +142,7 @@ class Workshop:
         """Run a stage through the store, answers judged by length; returns the manifest."""
         keys = {role: external_key(source) for role, source in inputs.items()}
         with pytest.MonkeyPatch.context() as patch:
-            for module in (pairs, grpo):
+            for module in (pairs, sources):
                 patch.setattr(module, "verify_many", judge_by_length)
             work = Work(STAGES[stage], settings, inputs, keys, out)
             return execute(work, Context(out, inputs, say=lambda _: None))

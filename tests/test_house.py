@@ -71,6 +71,10 @@ READ_ELSEWHERE = {
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
     "GRPOSettings.epochs": "grpo stage, without updates",
+    **{
+        f"{kind}.batch_limit": "with reward: function" for kind in ("RewardSettings", "RolloutSettings", "GRPOSettings")
+    },
+    "RolloutSettings.epochs": "grpo stage, without updates",
     "Recipe.workers": "the command line",
     **{f"EndpointSettings.{name}": "a judge on a server" for name in EndpointSettings.model_fields},
     "JudgeSettings.grade_range": "a judge's grade as a reward",
@@ -258,7 +262,7 @@ def test_a_stage_has_one_name(name: str) -> None:
 
 
 def test_there_is_no_stage_beside_the_table() -> None:
-    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "common", "table"}
+    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "common", "rollouts", "table"}
     assert files == set(STAGES)
     assert set(STAGE_HELP) == set(STAGES)
 

@@ -318,7 +318,8 @@ def build_prompt(place: str, row: Row) -> Prompt:
         answer = after.strip()
     verifier = require_string(place, row, "verifier") if "verifier" in row else choose_verifier(answer)
     question = require_string(place, {"prompt": prompt}, "prompt")
-    return Prompt(question, answer, verifier, **optional, numbers=read_numbers(place, row))
+    task, solution = optional.get("task", ""), optional.get("solution", "")
+    return Prompt(question, answer, verifier, task, solution, read_numbers(place, row))
 
 
 PROMPT_FORMATS = '{"prompt": "...", "answer": "...", "verifier": "number"}, and optionally task, solution, numbers'

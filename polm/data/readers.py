@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from polm.data.records import Preference as Preference
 from polm.data.records import Prompt as Prompt
 from polm.errors import DataError, StoreError
 
+PROMPT_COLUMNS = frozenset(field.name for field in fields(Prompt)) - {"columns"}
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 
 
@@ -82,13 +84,19 @@ def read_stepwise(path: Path) -> list[Stepwise]:
     return [build_stepwise(f"{path}:{line}", row) for line, row in read_rows(path)]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Reads prompts with verifiable answers (see PROMPT_FORMATS); here each must name its verifier."""
+def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
+    """Reads prompts with verifiable answers (see PROMPT_FORMATS); here each must name its verifier.
+
+    Without `judged` a prompt is enough: answer and verifier may be missing, and are then empty.
+    """
     prompts = []
     for line, row in read_rows(path):
         place = f"{path}:{line}"
-        require_columns(place, row, ["prompt", "answer", "verifier"], PROMPT_FORMATS)
-        prompts.append(build_prompt(place, row))
+        if judged:
+            require_columns(place, row, ["prompt", "answer", "verifier"], PROMPT_FORMATS)
+        found = build_prompt(place, row if judged else {"answer": "", "verifier": "", **row})
+        columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
+        prompts.append(replace(found, columns=columns) if columns else found)
     return prompts
 
 

@@ -7,7 +7,7 @@ A message is a plain object as chat templates take it: `role`, `content`, and fo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,10 @@ class Stepwise:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question whose reply a verifier can judge; `numbers` fills N0, N1, ... for the verifier "expression"."""
+    """One question whose reply a verifier can judge; `numbers` fills N0, N1, ... for the verifier "expression".
+
+    `columns` is what else its row holds, for reward functions.
+    """
 
     prompt: str
     answer: str
@@ -84,6 +87,13 @@ class Prompt:
     task: str = ""
     solution: str = ""
     numbers: tuple[float, ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The row as whoever judges an answer reads it."""
+        own = {"prompt": self.prompt, "answer": self.answer, "verifier": self.verifier}
+        return {**own, "task": self.task, "solution": self.solution, "numbers": self.numbers, **self.columns}
 
 
 Record = Document | Conversation | Preference | Feedback | Stepwise | Prompt

@@ -32,11 +32,12 @@ class RewardItem:
 class Reward:
     """`value` is None exactly where the status is in UNJUDGED. An answer that a verifier cannot parse (`unparsed`) has
     the value 0; a judge whose reply holds no verdict (`nonsense`) says nothing about the answer. `note` says why, for
-    people."""
+    people. `parts` are the values by source where the reward is a sum of several."""
 
     value: float | None
     status: RewardStatus
     note: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.value is None) == (self.status in UNJUDGED), self

@@ -25,8 +25,9 @@ from polm.flywheel import runner, store
 from polm.flywheel.graph import build_graph
 from polm.models import loading
 from polm.recipe import Recipe
+from polm.rewards import sources
 from polm.rewards.verify import Verdict
-from polm.stages import common, grpo, pairs
+from polm.stages import common, pairs
 
 ORDER: dict[str, Any] = globals()["ORDER"]  # put there by runpy
 
@@ -118,7 +119,7 @@ def run_recipe() -> None:
 
 torch.set_num_threads(1)
 if "stage" in ORDER:
-    for module in (pairs, grpo):
+    for module in (pairs, sources):
         module.verify_many = judge_by_length  # type: ignore[assignment]
     if ORDER.get("die"):
         arm(*ORDER["die"])
