@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from polm.config import Settings
+from polm.recipe_judge import JudgeSettings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -22,7 +23,7 @@ Number = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
 NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
-RewardName = Literal["verifier", "function"]
+RewardName = Literal["verifier", "function", "judge"]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -336,7 +337,9 @@ class RewardSettings(Settings):
     """Where rewards come from: one source, or several whose rewards are added up with weights."""
 
     reward: Annotated[tuple[RewardName, ...], BeforeValidator(_as_tuple)] = Field(
-        ("verifier",), description="verifier (each prompt's own), function (a Python function of yours); one or several"
+        ("verifier",),
+        description="verifier (each prompt's own), function (a Python function of yours), judge (a model's grades: "
+        "direct RLAIF); one or several",
     )
     reward_weights: dict[RewardName, float] = Field(
         default_factory=dict, description="weight of each source; 1 where none is given"
@@ -352,6 +355,17 @@ class RewardSettings(Settings):
         60.0, description="function: seconds for all answers of a rollout; after that they are judged one by one"
     )
 
+    judging: JudgeSettings | None = Field(None, description="judge: how the model is asked that grades the answers")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_judging(cls, values: Any) -> Any:
+        """The judge's defaults, so that a resolved recipe says how it was asked."""
+        named = _as_tuple(values.get("reward")) if isinstance(values, dict) else None
+        if not isinstance(named, list | tuple) or "judge" not in named:
+            return values
+        return {**values, "judging": {} if values.get("judging") is None else values["judging"]}
+
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
         if not self.reward or len(set(self.reward)) != len(self.reward):
@@ -361,6 +375,8 @@ class RewardSettings(Settings):
             raise ValueError(f"reward_weights names {unknown}, which reward {list(self.reward)} does not have")
         if ("function" in self.reward) != (self.reward_function is not None):
             raise ValueError("reward: function and reward_function=FILE.py:NAME go together: give both, or neither")
+        if self.judging is not None and "judge" not in self.reward:
+            raise ValueError("judging belongs to reward: judge; leave it out")
         if self.partial_reward and "verifier" not in self.reward:
             raise ValueError("partial_reward belongs to reward: verifier; leave it out")
         return self

@@ -162,6 +162,9 @@ class JudgeStage(Settings):
     pairs_per_prompt: int = Field(1, ge=1, description="sample: at most so many pairs of each prompt")
     temperature: float = Field(1.0, gt=0, description="sample: of the answers")
     max_new_tokens: int = Field(64, ge=1, description="sample: of an answer")
+    principles: bool = Field(
+        False, description="pairs: judge each by a principle drawn from a constitution (input `constitution`, or ours)"
+    )
     margin: float = Field(
         0.0, ge=0, lt=1, description="preferences this near to 0.5, grades this near to each other (0 to 1), are ties"
     )
@@ -176,3 +179,47 @@ class JudgeStage(Settings):
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: int = Field(1, ge=0)
+
+    @model_validator(mode="after")
+    def _check_principles(self) -> JudgeStage:
+        if self.principles and self.by == "scores":
+            raise ValueError("principles compare two answers; leave them out, or use by: pairs")
+        if self.principles and "{criterion}" not in (self.judging.pair_prompt or ""):
+            raise ValueError("principles need a place {criterion} in judging.pair_prompt")
+        return self
+
+
+class ConstitutionStage(Settings):
+    """Answers that are criticised and revised by written principles (Constitutional AI, supervised part)."""
+
+    endpoint: EndpointSettings | None = Field(
+        None, description="critic and reviser; default: input `critic`, or `base`"
+    )
+    seed: int = Field(0, ge=0, lt=2**32)
+    num_prompts: int = Field(0, ge=0, description="at most so many prompts, drawn; 0 = all")
+    rounds: int = Field(1, ge=1, description="critiques and revisions of each answer, each by a principle drawn anew")
+    critique: bool = Field(True, description="false: revise at once, without a critique before")
+    critique_prompt: str = Field("{request}", description="how a critique is asked for")
+    revision_prompt: str = Field(
+        "{request}\n\nReply with the rewritten answer and nothing else.", description="how a revision is asked for"
+    )
+    keep: Literal["last", "all"] = Field("last", description="sft.jsonl: the last revision of an answer, or each one")
+    temperature: float = Field(1.0, gt=0, description="of the first answers")
+    max_new_tokens: int = Field(256, ge=1, description="length of an answer and of a revision")
+    critic_temperature: float = Field(0.0, ge=0, description="of critiques and revisions")
+    max_critique_tokens: int = Field(256, ge=1)
+    max_failed: float = Field(
+        0.1, ge=0, le=1, description="a larger share of time-outs and errors is a failure: run again to go on"
+    )
+    replies: Path | None = Field(
+        None, description="folder of kept replies; default: .replies beside `out`", json_schema_extra=NOT_SEMANTIC
+    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: int = Field(1, ge=0)
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> ConstitutionStage:
+        for name, text in (("critique_prompt", self.critique_prompt), ("revision_prompt", self.revision_prompt)):
+            if set(PLACEHOLDER.findall(text)) != {"request"}:
+                raise ValueError(f"{name} must have the place {{request}} and no other, found {text!r:.80}")
+        return self

@@ -221,6 +221,9 @@ def run_judges(workshop: Any, folder: Path) -> None:
         for by in ("pairs", "scores"):
             settings = recipe_judge.JudgeStage(judging=judging, mode="sample", by=by, **more)
             workshop.run("judge", settings, models, folder / f"judge-{by}")
+    revise = recipe_judge.ConstitutionStage(num_prompts=4, max_new_tokens=60, max_critique_tokens=4, precision="fp32")
+    models = {role: models[role] for role in ("base", "data")}
+    workshop.run("constitution", revise.model_copy(update={"critic_temperature": 1.0}), models, folder / "revised")
 
 
 def test_sections_that_are_handed_on_whole() -> None:

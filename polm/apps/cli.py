@@ -326,6 +326,7 @@ STAGE_HELP = {
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs from a model's own samples",
     "judge": "an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
+    "constitution": "answers criticised and revised by written principles (Constitutional AI)",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
     "grpo": "reinforcement learning with verifiable rewards",
     "eval": "benchmarks and likelihood",

@@ -48,13 +48,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """`text` is what was written, or `logprobs` has a natural logarithm for each option (-inf: too unlikely to be
-    told). `note` says why there is none; it may quote a server."""
+    """`text` is what was written (`cut`: up to the limit of its length), or `logprobs` has a natural logarithm for each
+    option (-inf: too unlikely to be told). `note` says why there is none; it may quote a server."""
 
     status: ReplyStatus
     text: str = ""
     logprobs: tuple[float, ...] = ()
     note: str = ""
+    cut: bool = False
 
 
 Keep = Callable[[int, Reply], None]
@@ -137,14 +138,15 @@ class CachedBackend:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             row = json.loads(self._path(key).read_text(encoding="utf-8"))
             logprobs = tuple(-math.inf if value is None else float(value) for value in row["logprobs"])
-            return Reply("answered", str(row["text"]), logprobs)
+            return Reply("answered", str(row["text"]), logprobs, cut=bool(row["cut"]))
         return None
 
     def _write(self, key: str, reply: Reply) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         logprobs = [value if math.isfinite(value) else None for value in reply.logprobs]
-        text = json.dumps({"model": self.name, "text": reply.text, "logprobs": logprobs}, allow_nan=False)
+        row = {"model": self.name, "text": reply.text, "logprobs": logprobs, "cut": reply.cut}
+        text = json.dumps(row, allow_nan=False)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
@@ -213,7 +215,7 @@ class LocalBackend:
         streams = [int(fingerprint_values(asdict(request))[:12], 16) for request, _ in chosen]
         prompts = [prompt for _, prompt in chosen]
         written = generate(self.model, self.tokenizer, prompts, params, bf16=self.bf16, streams=streams)
-        return [Reply("answered", completion.text) for completion in written]
+        return [Reply("answered", completion.text, cut=completion.finish == "length") for completion in written]
 
     def _compare(self, chosen: Sequence[tuple[Request, Array]]) -> list[Reply]:
         """One forward: a question is the root, its options are the children."""

@@ -234,7 +234,7 @@ def _read_reply(raw: bytes, request: Request) -> Reply:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         shown = " ".join(raw[:MAX_NOTE].decode("utf-8", "replace").split())
         raise _Failed(f"the reply is no chat completion: {shown}", passing=True) from None
-    return Reply("answered", content or "")
+    return Reply("answered", content or "", cut=choice.get("finish_reason") == "length")
 
 
 def _read_logprobs(choice: Mapping[str, Any], options: Sequence[str]) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from polm.rollout.generate import Completion
 from polm.signals.advantages import compute_group_advantages
 from polm.stages.common import Context, Stage, StageResult, load_base, new_ledger, start_stage, train
 from polm.stages.rollouts import (
+    REWARD_INPUTS,
     Credit,
     Judged,
     Rollout,
@@ -84,7 +85,7 @@ STAGE = Stage(
     GRPOSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference",),
+    optional_inputs=("reference", *REWARD_INPUTS),
     version=2,
     summary="reinforcement learning with verifiable rewards",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from polm.errors import DataError, RecipeError, UserError
 from polm.evals.statistics import compute_wilson_interval
 from polm.recipe_judge import BESIDE, JudgeStage
 from polm.rewards.base import RewardItem
+from polm.rewards.constitution import load_constitution
 from polm.rewards.judge import Judge, Verdict, build_judge_rewarder
 from polm.rewards.label import (
     Samples,
@@ -54,6 +56,7 @@ def run(settings: JudgeStage, context: Context) -> StageResult:
         if settings.by == "scores":
             return _grade_samples(settings, context, judge, samples, ledger)
         items = draw_pairs(samples, settings.pairs_per_prompt, mix_seed(settings.seed, JUDGE), ledger)
+        items = _give_principles(items, settings, context)
         return _rank_pairs(settings, context, judge, items, ledger, are_labelled=False)
     names = ("preferences.jsonl", "feedback.jsonl")
     given = Path(context.inputs["data"])
@@ -62,7 +65,7 @@ def run(settings: JudgeStage, context: Context) -> StageResult:
     if is_feedback(file):
         return _relabel_answers(settings, context, judge, file, ledger)
     pairs = _draw(read_preferences(file), settings)
-    items = [PairItem(p.prompt, p.chosen, p.rejected) for p in pairs]
+    items = _give_principles([PairItem(p.prompt, p.chosen, p.rejected) for p in pairs], settings, context)
     return _rank_pairs(settings, context, judge, items, ledger, are_labelled=True)
 
 
@@ -71,6 +74,16 @@ def _check_inputs(settings: JudgeStage, context: Context) -> None:
     if has_base != (settings.mode == "sample"):
         wanted = "needs base=MODEL, whose answers are judged" if settings.mode == "sample" else "samples no answers"
         raise RecipeError(f"judge: mode: {settings.mode} {wanted}; found base={context.inputs.get('base')}")
+    if "constitution" in context.inputs and not settings.principles:
+        raise RecipeError(f"judge: constitution={context.inputs['constitution']} is read with principles=true only")
+
+
+def _give_principles(items: Sequence[PairItem], settings: JudgeStage, context: Context) -> list[PairItem]:
+    """Each pair with a principle of its own as what it is judged by, where the settings say so."""
+    if not settings.principles:
+        return list(items)
+    constitution, seed = load_constitution(context.inputs.get("constitution")), mix_seed(settings.seed, JUDGE)
+    return [replace(item, criterion=constitution.draw(seed, i).compare) for i, item in enumerate(items)]
 
 
 def _open_judge(settings: JudgeStage, context: Context, loaded: Base | None) -> Judge:
@@ -289,6 +302,7 @@ def _pair_row(item: PairItem, ranking: Ranking) -> dict[str, Any]:
         "first": list(ranking.first),
         "note": ranking.note,
         "said": list(ranking.said),
+        **({"principle": item.criterion} if item.criterion else {}),
     }
 
 
@@ -305,6 +319,6 @@ STAGE = Stage(
     JudgeStage,
     run,
     inputs=("data",),
-    optional_inputs=("judge", "base"),
+    optional_inputs=("judge", "base", "constitution"),
     summary="an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
 )

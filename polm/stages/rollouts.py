@@ -30,7 +30,10 @@ from polm.engine.score import score
 from polm.errors import DataError, UserError
 from polm.models.loading import count_parameters
 from polm.recipe import RolloutSettings
+from polm.recipe_judge import BESIDE
 from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem
+from polm.rewards.judge import build_judge_rewarder
+from polm.rewards.open_backend import open_backend
 from polm.rewards.sources import build_rewarder
 from polm.rollout.generate import Completion, SamplingParams, generate
 from polm.signals.kl import compute_kl_k3
@@ -39,6 +42,7 @@ from polm.text.chat import render_prompt, stop_token_ids
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
 
+REWARD_INPUTS = ("judge",)  # optional inputs of every stage that learns from rewards
 EDGE_GROUPS = 4  # groups of the first and of the last rollout that samples.jsonl keeps
 NOTED_PROBLEMS = 20  # unjudged answers of a rollout that problems.jsonl keeps
 
@@ -167,7 +171,7 @@ def build_sampler(
         prompts=prompts,
         encoded=encoded,
         settings=settings,
-        rewarder=build_rewarder(settings),
+        rewarder=build_rewarder(settings, load_rewarders(settings, context)),
         num_updates=num_updates,
         updates_per_rollout=updates_per_rollout,
         workdir=context.workdir,
@@ -175,6 +179,24 @@ def build_sampler(
     )
     sampler.open_logs()
     return sampler
+
+
+def load_rewarders(settings: RolloutSettings, context: Context) -> dict[str, Rewarder]:
+    """The sources of rewards that are models. A server's replies are kept beside the artifact: a killed run goes on to
+    the same bits, and asks nothing twice. A local judge says the same again."""
+    source = context.inputs.get("judge")
+    if settings.judging is None:
+        if source is not None:
+            raise UserError(f"judge={source} is given, and reward {list(settings.reward)} has no judge; leave it out")
+        return {}
+    backend = open_backend(
+        settings.judging.endpoint,
+        source,
+        role="judge",
+        precision=settings.precision,
+        replies=context.workdir.parent / BESIDE if settings.judging.endpoint is not None else None,
+    )
+    return {"judge": build_judge_rewarder(settings.judging, backend)}
 
 
 def judge_completions(

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from polm.stages import annotate, data, dpo, eval, grpo, judge, microscope, midtrain, pairs, pretrain, sft, tokenizer
+from polm.stages import (
+    annotate,
+    constitution,
+    data,
+    dpo,
+    eval,
+    grpo,
+    judge,
+    microscope,
+    midtrain,
+    pairs,
+    pretrain,
+    sft,
+    tokenizer,
+)
 from polm.stages.common import Stage
 
 STAGES: dict[str, Stage] = {
@@ -15,6 +29,7 @@ STAGES: dict[str, Stage] = {
     "sft": sft.STAGE,
     "pairs": pairs.STAGE,
     "judge": judge.STAGE,
+    "constitution": constitution.STAGE,
     "dpo": dpo.STAGE,
     "grpo": grpo.STAGE,
     "eval": eval.STAGE,

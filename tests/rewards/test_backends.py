@@ -131,7 +131,7 @@ def test_replies_are_plain_json(tmp_path: Path) -> None:
         [ask("a", options=("A", "B"))]
     )
     (file,) = tmp_path.rglob("*.json")
-    assert json.loads(file.read_text()) == {"model": "fake", "text": "x", "logprobs": [-1.0, None]}
+    assert json.loads(file.read_text()) == {"model": "fake", "text": "x", "logprobs": [-1.0, None], "cut": False}
 
 
 # ---- a local model -------------------------------------------------------------------------------------------------
