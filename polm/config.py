@@ -66,7 +66,7 @@ def load_settings(
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in a YAML file, and the line of each key by its path."""
+    """The mapping in a YAML file, and the line of each key (of a list: of each place in it) by its path."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -98,6 +98,10 @@ def _collect_lines(
                 raise RecipeError(f"{file}:{line}: {'.'.join(here)!r} is given twice (first in line {lines[here]})")
             lines[here] = line
             _collect_lines(value, here, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, str(index))] = value.start_mark.line + 1
+            _collect_lines(value, (*path, str(index)), lines, file)
 
 
 def list_shipped() -> list[str]:

@@ -123,6 +123,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     return out
 
 
+def model_folder(source: str) -> str:
+    """A stage's artifact holds its model in `model/`; anything else is taken as it is."""
+    inner = Path(source) / "model"
+    return str(inner) if (inner / "config.json").is_file() else source
+
+
 def require_source(source: str | Path, what: str) -> str:
     """The name to hand to `from_pretrained`; a path that looks local must exist and hold a config."""
     name = str(source)

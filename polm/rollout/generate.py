@@ -126,17 +126,20 @@ def generate(
     max_cache_bytes: int = 1 << 30,
     progress: Callable[[int, int], None] | None = None,
     mixture: Mixture | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue each prompt (token ids) `params.num_samples` times; ordered by (prompt, sample).
 
     `model` comes from `load_model` or `prepare_model`; `mixture` may add a second one. At most `max_rows` completions
     are decoded at a time, and no more than `max_cache_bytes` of keys and values hold (at least one). `progress(done,
     total)` counts completions.
+    `streams` gives each prompt a number that takes the place of its index in the draw (see `SamplingParams.seed`), so
+    that its completions do not depend on the prompts beside it.
     The result does not depend on `max_rows`, but for draws so near a boundary that rounding decides them.
     Raises UserError for a prompt that is empty, has unknown ids or leaves no room, NonFiniteError for NaN logits.
     """
     models = [model] if mixture is None else [model, mixture.model]
-    queue = _build_queue(models, prompts, params)
+    queue = _build_queue(models, prompts, params, streams)
     if max_rows < 1:
         raise UserError(f"max_rows is {max_rows}; expected at least 1")
     if not len(queue.prompt_Q):
@@ -169,10 +172,14 @@ class _Queue:
     group_Q: Array
     prompt_Q: Array
     sample_Q: Array
+    streams: Sequence[int]  # of each prompt: whose random numbers it draws
 
 
 def _build_queue(
-    models: Sequence[PreTrainedModel], prompts: Sequence[Array | list[int]], params: SamplingParams
+    models: Sequence[PreTrainedModel],
+    prompts: Sequence[Array | list[int]],
+    params: SamplingParams,
+    streams: Sequence[int] | None,
 ) -> _Queue:
     vocab, *others = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
     if others and others[0] != vocab:
@@ -204,6 +211,7 @@ def _build_queue(
         group_Q=np.repeat(np.arange(len(groups)), counts),
         prompt_Q=np.repeat(prompt_indices, params.num_samples),
         sample_Q=np.tile(np.arange(params.num_samples), len(prompt_indices)),
+        streams=range(len(prompts)) if streams is None else streams,
     )
 
 
@@ -304,7 +312,7 @@ class _Rows:
         self.reason[slots] = LIVE
         if self.params.temperature > 0:
             pairs = zip(queue.prompt_Q[requests].tolist(), queue.sample_Q[requests].tolist(), strict=True)
-            self.key[slots] = [build_key(self.params.seed, prompt, sample) for prompt, sample in pairs]
+            self.key[slots] = [build_key(self.params.seed, queue.streams[prompt], sample) for prompt, sample in pairs]
         self.next_request += count
         self.num_live += count
         waiting = self.next_request < len(queue.prompt_Q) and bool(queue.group_Q[self.next_request] == groups[-1])

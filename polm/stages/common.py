@@ -31,6 +31,7 @@ from polm.engine.fit import BatchSource, fit
 from polm.errors import DataError, ModelError, StoreError, UserError
 from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
+from polm.models.loading import model_folder as model_folder
 from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
@@ -86,12 +87,6 @@ class Base:
     @property
     def max_positions(self) -> int:
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
-
-
-def model_folder(source: str) -> str:
-    """A stage's artifact holds its model in `model/`; anything else is taken as it is."""
-    inner = Path(source) / "model"
-    return str(inner) if (inner / "config.json").is_file() else source
 
 
 def load_base(source: str) -> Base:

@@ -24,7 +24,7 @@ from polm.recipe_online import OnlineSettings
 from polm.rollout.generate import Completion, Mixture
 from polm.stages.common import Context, Stage, StageResult, load_base, new_ledger, start_stage, train
 from polm.stages.rollout_source import add_scores, collate_bins
-from polm.stages.rollouts import Rollout, Sampler, build_sampler, judge_completions, summarise
+from polm.stages.rollouts import REWARD_INPUTS, Rollout, Sampler, build_sampler, judge_completions, summarise
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Objective, Step, Tree, build_completions
 
@@ -237,6 +237,6 @@ STAGE = Stage(
     OnlineSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model"),
+    optional_inputs=("reference", *REWARD_INPUTS),
     summary="online preference optimisation (online DPO, XPO, Nash-MD)",
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from polm.stages import (
     annotate,
+    constitution,
     data,
     dpo,
     eval,
     grpo,
+    judge,
     microscope,
     midtrain,
     online,
@@ -34,6 +36,8 @@ STAGES: dict[str, Stage] = {
     "sft": sft.STAGE,
     "rejection": rejection.STAGE,
     "pairs": pairs.STAGE,
+    "judge": judge.STAGE,
+    "constitution": constitution.STAGE,
     "dpo": dpo.STAGE,
     "online": online.STAGE,
     "reward_model": reward_model.STAGE,
