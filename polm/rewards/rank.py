@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from polm.rewards.base import Rewarder, RewardItem
+from polm.rewards.base import Reward, Rewarder, RewardItem
 from polm.tokens import Array
 
 RankStatus = Literal["ranked", "inconsistent", "unparsed", "timeout", "error"]
@@ -102,6 +102,42 @@ def rank_by_reward(rewarder: Rewarder, *, temperature: float = 0.0) -> Ranker:
         return out
 
     return rank
+
+
+def reward_by_rank(ranker: Ranker, size: int) -> Rewarder:
+    """Rewards from comparisons, for answers that come in groups of `size` (even): in each, answer i meets answer
+    i + size / 2. The preference for it is its reward, the rest up to 1 the other's; without one both are unjudged."""
+    half = size // 2
+
+    def judge(items: Sequence[RewardItem]) -> list[Reward]:
+        places = [start + i for start in range(0, len(items), size) for i in range(half)]
+        pairs = [(items[i], items[i + half]) for i in places]
+        rankings = ranker([_meet(one, other) for one, other in pairs])
+        rewards: dict[int, Reward] = {}
+        for i, ranking in zip(places, rankings, strict=True):
+            if ranking.preference is None:
+                failed = Reward(
+                    None, "timeout" if ranking.status == "timeout" else "error", ranking.note or ranking.status
+                )
+                rewards[i] = rewards[i + half] = failed
+            else:
+                rewards[i] = Reward(ranking.preference, "scored", ranking.note)
+                rewards[i + half] = Reward(1.0 - ranking.preference, "scored", ranking.note)
+        return [rewards[i] for i in range(len(items))]
+
+    return judge
+
+
+def _meet(one: RewardItem, other: RewardItem) -> PairItem:
+    return PairItem(
+        one.messages,
+        one.completion,
+        other.completion,
+        one.fields,
+        one.prompt_tokens,
+        one.completion_tokens,
+        other.completion_tokens,
+    )
 
 
 def compute_preference(difference: float, temperature: float) -> float:

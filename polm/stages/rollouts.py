@@ -170,9 +170,14 @@ class Sampler(Generic[SettingsT]):
 
 
 def build_sampler(
-    settings: SettingsT, context: Context, base: Base, ledger: Ledger, updates_per_rollout: int
+    settings: SettingsT,
+    context: Context,
+    base: Base,
+    ledger: Ledger,
+    updates_per_rollout: int,
+    rewarder: Rewarder | None = None,
 ) -> Sampler[SettingsT]:
-    """The sampler over prompts.jsonl of the input `data`, judged as the settings say.
+    """The sampler over prompts.jsonl of the input `data`, judged by `rewarder`, else as the settings say.
 
     Answers and verifiers are asked of the prompts where the verifier is a source of the reward.
     """
@@ -187,7 +192,7 @@ def build_sampler(
         prompts=prompts,
         encoded=encoded,
         settings=settings,
-        rewarder=load_rewarder(settings, context, base),
+        rewarder=rewarder or load_rewarder(settings, context, base),
         num_updates=num_updates,
         updates_per_rollout=updates_per_rollout,
         workdir=context.workdir,

@@ -25,7 +25,7 @@ from polm.rewards.judge import (
     compute_expected,
     scale_grade,
 )
-from polm.rewards.rank import NO_TOKENS, PairItem, PositionBias, compute_position_bias, rank_by_reward
+from polm.rewards.rank import NO_TOKENS, PairItem, PositionBias, compute_position_bias, rank_by_reward, reward_by_rank
 
 ASK = [{"role": "user", "content": "q"}]
 SHORT = {"pair_prompt": "{question}|{answer_a}|{answer_b}", "score_prompt": "{question}|{answer}"}
@@ -237,3 +237,18 @@ def test_a_judge_that_is_talked_to(chat_server: Any) -> None:
     (ranking,) = build_ranker(settings, build_endpoint(endpoint))([pair(hostile, calm)])
     assert (ranking.preference, ranking.status) == (0.0, "ranked")
     assert len(server.bodies) == 2
+
+
+def test_rewards_from_comparisons() -> None:
+    """Groups of four: the first meets the third, the second the fourth. Who has no ranking has no reward."""
+    values = {"a": 3.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": None}
+    status = {None: "timeout"}
+
+    def judge(items: Sequence[RewardItem]) -> list[Reward]:
+        found = [values[item.completion] for item in items]
+        return [Reward(value, status.get(value, "scored")) for value in found]  # type: ignore[arg-type]
+
+    items = [RewardItem([], text, NO_TOKENS, NO_TOKENS, {"prompt": "p"}) for text in "abcdaeab"]
+    rewards = reward_by_rank(rank_by_reward(judge), 4)(items)
+    assert [reward.value for reward in rewards] == [1.0, 0.5, 0.0, 0.5, 0.5, None, 0.5, None]
+    assert rewards[5].status == rewards[7].status == "timeout"
