@@ -327,6 +327,7 @@ STAGE_HELP = {
     "pairs": "preference pairs from a model's own samples",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
     "grpo": "reinforcement learning with verifiable rewards",
+    "merge_adapter": "an adapter and its base as one ordinary checkpoint",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

@@ -30,8 +30,9 @@ from polm.config import Settings, semantic_values
 from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerprint_values, list_files
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
+from polm.models.adapters import is_adapter_folder, locate_base
 from polm.recipe import DataStage, FilesData, FolderData, WordProblemsData
-from polm.stages.common import Context, Stage, StageResult
+from polm.stages.common import Context, Stage, StageResult, model_folder
 
 MANIFEST = "manifest.json"
 CLAIM = ".key"  # in an unfinished artifact: what it will be
@@ -71,6 +72,9 @@ def external_key(source: str) -> str:
     path = Path(source)
     if (path / MANIFEST).is_file():
         return str(check_artifact(path, str(read_manifest(path)["key"]))["key"])
+    if is_adapter_folder(model_folder(source)):  # its base is a part of what it is
+        base, _ = locate_base(model_folder(source))
+        return fingerprint_values({"adapter": fingerprint_path(path), "base": external_key(base)})
     return fingerprint_path(path) if path.exists() else f"hub:{source}"
 
 

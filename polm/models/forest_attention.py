@@ -152,14 +152,20 @@ def round_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-def build_plan(batch: TokenBatch, num_heads: int, spare: int = 0) -> ForestPlan:
+def build_plan(batch: TokenBatch, num_heads: int, spare: int = 0, virtual: int = 0) -> ForestPlan:
     """The plan for a batch; `num_heads` only bounds the size of one product.
 
-    `spare` rows stand behind the stream, belong to no tree, and get an output that nobody may read.
+    `spare` rows stand behind the stream, belong to no tree, and get an output that nobody may read. `virtual` tokens
+    stand before it: a root of its own, under which all trees of the batch hang.
     """
-    blocks = _cut_blocks(batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist())
+    starts, lengths, parents = batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist()
     positions = batch.positions_T.cpu().numpy()
-    inverse = np.zeros(batch.num_tokens + spare, dtype=np.int64)
+    if virtual:
+        starts, lengths = [0, *(start + virtual for start in starts)], [virtual, *lengths]
+        parents = [-1, *(parent + 1 for parent in parents)]  # a root's parent, -1, becomes the new root, 0
+        positions = np.concatenate([np.arange(virtual), positions + virtual])
+    blocks = _cut_blocks(starts, lengths, parents)
+    inverse = np.zeros(len(positions) + spare, dtype=np.int64)
     groups, offset = [], 0
     for members in _group_blocks(blocks, num_heads):
         groups.append(_build_group(members, positions, inverse, offset, batch.tokens_T.device))

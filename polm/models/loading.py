@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from polm.errors import ModelError, StoreError
-from polm.models.forest_attention import FOREST, build_plan, round_rows
+from polm.models.forest_attention import FOREST, Attends, build_plan, round_rows
+from polm.models.quantize import build_quantization
+from polm.models.virtual import PrefixPlan, read_virtual
 from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
@@ -75,15 +79,21 @@ def build_model(
     return prepare_model(model, architecture)
 
 
-def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, quantize: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model from a folder or a hub id (`name` or `name@revision`), ready for the token forest.
 
-    Raises ModelError naming what is missing and the cure.
+    `quantize` keeps its linear layers in 4 bits (`models/quantize.py`). Raises ModelError naming what is missing and
+    the cure.
     """
     name = require_source(source, "model")
+    more = build_quantization(quantize) if quantize is not None else {}
     model: PreTrainedModel
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(**locate(name), dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **locate(name), dtype=dtype, output_loading_info=True, **more
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
@@ -92,7 +102,7 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
             f"the model {name} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …): its weight files and "
             "its config.json do not belong together, or a file is missing; copy or download it again"
         )
-    return prepare_model(model.to(device), name)
+    return prepare_model(model if more else model.to(device), name)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -142,7 +152,7 @@ def first_line(error: BaseException) -> str:
 def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Switch a model to the forest attention and check that it computes the same numbers."""
     _refuse_shared_frequencies(model, name)
-    check_ids = _check_ids(model)
+    check_ids = build_check_ids(model)
     model.eval()
     with torch.no_grad():
         try:
@@ -162,7 +172,7 @@ def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
             module.attention_dropout = 0.0
         if isinstance(inner := getattr(module, "attn_dropout", None), nn.Dropout):
             inner.p = 0.0
-    _check_forest(model, check_ids, expected, name)
+    check_forest(model, check_ids, expected, name)
     return model.train()
 
 
@@ -177,14 +187,18 @@ def _refuse_shared_frequencies(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _check_ids(model: PreTrainedModel) -> torch.Tensor:
+def build_check_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A few random tokens to compare two forwards on."""
     size = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, size, (12,), generator=generator).to(model.device)
 
 
-def _check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.Tensor, name: str) -> None:
-    """A stranger, then a prompt and its continuation as a child: the second tree must see only itself."""
+def check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.Tensor, name: str) -> None:
+    """A stranger, then a prompt and its continuation as a child: the second tree must see only itself.
+
+    `expected_TV` are the logits of `ids` [T] by the model's own forward. Raises ModelError where ours differ.
+    """
     numbers = ids.cpu().numpy()
     batch = collate([build_document(numbers[::-1].copy()), build_completions(numbers[:5], [numbers[5:]])])
     with torch.no_grad():
@@ -197,7 +211,7 @@ def _check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.
             kind = model.config.model_type
             raise ModelError(f"{name} ({kind}) does not run as a token forest: {error}. {PLAIN_DECODER}") from error
     gap = float((torch.log_softmax(logits, -1) - torch.log_softmax(expected_TV, -1)).abs().max())
-    low_precision = next(model.parameters()).dtype != torch.float32
+    low_precision = next(model.parameters()).dtype != torch.float32 or getattr(model, "is_quantized", False)
     if not gap <= (0.2 if low_precision else CHECK_TOLERANCE):
         raise ModelError(
             f"{name} ({model.config.model_type}) gives other log-probabilities as a token forest than on its own "
@@ -209,20 +223,26 @@ def _check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.
 def compute_hidden(model: PreTrainedModel, batch: TokenBatch, *, round_up: bool = False) -> torch.Tensor:
     """Final hidden states of the stream, [T, width], after the last norm.
 
+    A model's virtual tokens stand above all trees (`models/virtual.py`); their own states are not returned.
     With `round_up` the products run over a round number of rows (see `round_rows`); the spare rows are cut off again.
     """
-    spare = round_rows(batch.num_tokens) - batch.num_tokens if round_up else 0
-    plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare)
-    decoder = model.get_decoder()
-    out = decoder(
-        input_ids=torch.nn.functional.pad(batch.tokens_T, (0, spare))[None],
-        position_ids=torch.nn.functional.pad(batch.positions_T, (0, spare))[None],
-        attention_mask=None,
-        use_cache=False,
-        forest=plan,
-    )
+    virtual = read_virtual(model)
+    before = virtual.num if virtual is not None else 0
+    first = before if virtual is not None and virtual.embeddings_PD is not None else 0  # rows before the batch's own
+    rows = first + batch.num_tokens
+    spare = round_rows(rows) - rows if round_up else 0
+    plan: Attends = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare, before)
+    ids = nn.functional.pad(batch.tokens_T, (0, spare))
+    positions = nn.functional.pad(batch.positions_T + before, (0, spare))
+    tokens = {"input_ids": ids[None]}
+    if virtual is not None and virtual.embeddings_PD is not None:
+        tokens = {"inputs_embeds": torch.cat([virtual.embeddings_PD, model.get_input_embeddings()(ids)])[None]}
+        positions = torch.cat([torch.arange(first, device=positions.device), positions])
+    elif virtual is not None and virtual.layers is not None:
+        plan = PrefixPlan(plan, virtual.num, virtual.layers)
+    out = model.get_decoder()(**tokens, position_ids=positions[None], attention_mask=None, use_cache=False, forest=plan)
     hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden[: batch.num_tokens]
+    return hidden[first:rows]
 
 
 def output_head(model: PreTrainedModel) -> tuple[nn.Parameter, float | None]:
@@ -243,20 +263,27 @@ def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tens
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
     """Write an ordinary Hugging Face checkpoint (safetensors); the folder appears complete or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(folder, "the model") as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         _forget_attention(temporary / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def whole_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder to write into, which then takes the name `folder`: it appears complete or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StoreError(
-            f"the model could not be written to {folder}: {first_line(error)}; free space and run again"
+            f"{what} could not be written to {folder}: {first_line(error)}; free space and run again"
         ) from error
 
 

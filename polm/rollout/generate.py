@@ -26,6 +26,7 @@ from polm.engine.score import autocast
 from polm.errors import NonFiniteError, UserError
 from polm.models.forest_attention import Attends, build_plan
 from polm.models.loading import output_logits
+from polm.models.virtual import PrefixPlan, VirtualTokens, read_virtual
 from polm.rollout.cache import Captured, DecodeCache, PrefillCapture, compute_ranges, read_cache_shape
 from polm.rollout.sampling import (
     apply_top_k,
@@ -123,7 +124,9 @@ def generate(
     The result does not depend on `max_rows`, but for draws so near a boundary that rounding decides them.
     Raises UserError for a prompt that is empty, has unknown ids or leaves no room, NonFiniteError for NaN logits.
     """
-    queue = _build_queue(model, prompts, params)
+    with torch.no_grad():
+        virtual = read_virtual(model)
+    queue = _build_queue(model, prompts, params, virtual.num if virtual is not None else 0)
     if max_rows < 1:
         raise UserError(f"max_rows is {max_rows}; expected at least 1")
     if not len(queue.prompt_Q):
@@ -133,7 +136,8 @@ def generate(
     try:
         # One enclosing autocast keeps the bf16 copies of the weights for the whole call.
         with torch.no_grad(), autocast(model.device.type, bf16), _cacheable_casts(model, bf16):
-            rows = _Rows(model, tokenizer, queue, params, bf16, max_rows, max_cache_bytes)
+            above = _capture_virtual(model, virtual) if virtual is not None else None
+            rows = _Rows(model, tokenizer, queue, params, bf16, max_rows, max_cache_bytes, above)
             ended = rows.run(progress)
     finally:
         # Within a caller's autocast the casts would outlive this call, and carry no gradient.
@@ -154,9 +158,11 @@ class _Queue:
     sample_Q: Array
 
 
-def _build_queue(model: PreTrainedModel, prompts: Sequence[Array | list[int]], params: SamplingParams) -> _Queue:
+def _build_queue(
+    model: PreTrainedModel, prompts: Sequence[Array | list[int]], params: SamplingParams, num_virtual: int
+) -> _Queue:
     vocab = int(model.get_input_embeddings().weight.shape[0])
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)) - num_virtual
     members: dict[bytes, list[int]] = {}
     for index, prompt in enumerate(prompts):
         ids = np.asarray(prompt, dtype=np.int64)
@@ -170,7 +176,8 @@ def _build_queue(model: PreTrainedModel, prompts: Sequence[Array | list[int]], p
         if len(ids) >= room:
             raise UserError(
                 f"prompt {index} has {len(ids)} tokens, which leaves no room for new ones: the model has {room} "
-                "positions (max_position_embeddings); shorten the prompt or use a model with more"
+                "positions (max_position_embeddings, less its virtual tokens); shorten the prompt or use a model with "
+                "more"
             )
         members.setdefault(ids.tobytes(), []).append(index)
     groups = [np.frombuffer(key, dtype=np.int64) for key in members]
@@ -207,6 +214,22 @@ def run_decoder(model: PreTrainedModel, tokens_T: Tensor, positions_T: Tensor, f
     return hidden_TD
 
 
+def _capture_virtual(model: PreTrainedModel, virtual: VirtualTokens) -> VirtualTokens:
+    """The keys and values of the virtual tokens, read once for all rows."""
+    if virtual.layers is not None or virtual.embeddings_PD is None:
+        return virtual
+    batch = collate([(Segment(np.zeros(virtual.num, dtype=np.int64)),)]).to(model.device)
+    capture = PrefillCapture(build_plan(batch, int(model.config.get_text_config().num_attention_heads)))
+    model.get_decoder()(
+        inputs_embeds=virtual.embeddings_PD[None],
+        position_ids=batch.positions_T[None],
+        attention_mask=None,
+        use_cache=False,
+        forest=capture,
+    )
+    return VirtualTokens(virtual.num, layers=capture.layers)
+
+
 @dataclass(frozen=True)
 class Prefilled:
     """What a few prompts (`first_group` and those after it) leave behind: captured streams, and next-token logits."""
@@ -229,11 +252,17 @@ class Prefilled:
         )
 
 
-def prefill(model: PreTrainedModel, prompts: Sequence[Array], first_group: int) -> Prefilled:
-    """Read prompts, packed as the roots of a forest, in one forward."""
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[Array], first_group: int, above: VirtualTokens | None = None
+) -> Prefilled:
+    """Read prompts, packed as the roots of a forest (under the virtual tokens `above`, if any), in one forward."""
     batch = collate([(Segment(ids),) for ids in prompts]).to(model.device)
-    capture = PrefillCapture(build_plan(batch, int(model.config.get_text_config().num_attention_heads)))
-    hidden_TD = run_decoder(model, batch.tokens_T, batch.positions_T, capture)
+    num = above.num if above is not None else 0
+    plan: Attends = build_plan(batch, int(model.config.get_text_config().num_attention_heads), virtual=num)
+    if above is not None and above.layers is not None:
+        plan = PrefixPlan(plan, num, above.layers)
+    capture = PrefillCapture(plan)
+    hidden_TD = run_decoder(model, batch.tokens_T, batch.positions_T + num, capture)
     logits_PV = output_logits(model, hidden_TD.index_select(0, batch.starts_S + batch.lengths_S - 1))
     return Prefilled(
         first_group, capture.layers, batch.starts_S.cpu().numpy(), batch.lengths_S.cpu().numpy(), logits_PV
@@ -261,18 +290,25 @@ class _Rows:
         bf16: bool,
         max_rows: int,
         max_cache_bytes: int,
+        above: VirtualTokens | None = None,
     ):
-        self.model, self.queue, self.params = model, queue, params
+        self.model, self.queue, self.params, self.above = model, queue, params, above
+        self.num_above = above.num if above is not None else 0  # positions before a row's own tokens
         shape = read_cache_shape(model)
         # Float32 on CPU in any case: its bf16 products of one query row are slower than those of float32.
         low_precision = torch.bfloat16 if bf16 else model.dtype
         dtype = torch.float32 if model.device.type == "cpu" else low_precision
         # The last token of a row is never fed.
-        length = max(len(ids) + limit - 1 for ids, limit in zip(queue.groups, queue.limits, strict=True))
+        longest = max(len(ids) + limit - 1 for ids, limit in zip(queue.groups, queue.limits, strict=True))
+        length = self.num_above + longest
         fitting = max_cache_bytes // (shape.num_values * length * dtype.itemsize)
         num_slots = max(1, min(max_rows, len(queue.prompt_Q), fitting))
         self.num_slots = num_slots
         self.cache = DecodeCache(shape, num_slots, length, dtype, model.device)
+        if above is not None and above.layers is not None:  # the same in every slot, once and for all
+            places = np.arange(above.num)
+            slots = np.repeat(np.arange(num_slots), above.num)
+            self.cache.fill(dict(above.layers), np.tile(places, num_slots), slots, np.tile(places, num_slots))
         self.stop_strings = _StopStrings(tokenizer, params.stop) if params.stop else None
         self.is_stop_V = _build_stop_table(model, tokenizer, params)
         self.num_live = 0
@@ -340,7 +376,8 @@ class _Rows:
             chosen = groups[begin:end] - part.first_group
             lengths = part.lengths_P[chosen]
             source, positions = compute_ranges(part.starts_P[chosen], lengths)
-            self.cache.fill(part.layers, source, np.repeat(slots[begin:end], lengths), positions)
+            targets = self.num_above + positions
+            self.cache.fill(part.layers, source, np.repeat(slots[begin:end], lengths), targets)
             logits_parts.append(part.logits_PV.index_select(0, torch.from_numpy(chosen).to(part.logits_PV.device)))
             last = part
         self.next_request += count
@@ -360,13 +397,14 @@ class _Rows:
             chunk.append(self.queue.groups[group])
             following = len(self.queue.groups[group + 1]) if group < last else PREFILL_TOKENS
             if sum(map(len, chunk)) + following > PREFILL_TOKENS:
-                yield prefill(self.model, chunk, group + 1 - len(chunk))
+                yield prefill(self.model, chunk, group + 1 - len(chunk), self.above)
                 chunk = []
 
     def _decode(self) -> Tensor:
         """Feed each live row's last token; returns the logits [R, V] of the next."""
         live = slice(0, self.num_live)
-        positions_R = self.cache.begin_step(self.prompt_length[live] + self.num_tokens[live] - 1)
+        behind = self.num_above + self.prompt_length[live] + self.num_tokens[live]
+        positions_R = self.cache.begin_step(behind - 1)
         tokens_R = torch.from_numpy(self.last_token[live]).to(self.model.device)
         return output_logits(self.model, run_decoder(self.model, tokens_R, positions_R, self.cache))
 
@@ -429,7 +467,8 @@ class _Rows:
             return
         for table in self.tables:
             table[targets] = table[sources]
-        self.cache.move(sources, targets, int((self.prompt_length[targets] + self.num_tokens[targets]).max()) - 1)
+        longest = int((self.prompt_length[targets] + self.num_tokens[targets]).max())
+        self.cache.move(sources, targets, self.num_above + longest - 1)
 
 
 def _build_stop_table(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> Array:

@@ -30,16 +30,17 @@ from polm.signals.kl import compute_kl_k3
 from polm.stages.common import (
     Base,
     Context,
+    Frozen,
     Stage,
     StageResult,
     input_file,
-    load_base,
+    load_given,
+    load_learner,
     new_ledger,
     start_stage,
     train,
 )
 from polm.text.chat import render_prompt, stop_token_ids
-from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
 
 EDGE_GROUPS = 4  # groups of the first and of the last rollout that samples.jsonl keeps
@@ -51,8 +52,8 @@ class RolloutSource:
     given that a run only restarts at the first update of a rollout."""
 
     base: Base
-    reference: PreTrainedModel | None
-    start: PreTrainedModel | None  # where the distance from the starting model is only measured
+    reference: Frozen | None
+    start: Frozen | None  # where the distance from the starting model is only measured
     prompts: Sequence[Prompt]
     encoded: Sequence[Array]
     settings: GRPOSettings
@@ -119,21 +120,20 @@ class RolloutSource:
         capacity = max(self.settings.bin_tokens, max(lengths))
         batches = [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
         if self.settings.updates_per_rollout > 1:
-            batches = [self._with_scores(batch, model, "old_logprobs") for batch in batches]
+            batches = [self._with_scores(batch, Frozen(model), "old_logprobs") for batch in batches]
         if self.reference is not None:
             batches = [self._with_scores(batch, self.reference, "ref_logprobs") for batch in batches]
         return batches
 
-    @torch.no_grad()
-    def _measure_kl(self, trees: Sequence[Tree], start: PreTrainedModel) -> float:
+    def _measure_kl(self, trees: Sequence[Tree], start: Frozen) -> float:
         """KL(policy || start) over the samples of `trees`, nats a token, from the sampler's own log-probabilities."""
         batch = self._with_scores(collate(trees), start, "start_logprobs")
         return float(compute_kl_k3(batch.at_targets("sampler_logprobs"), batch.at_targets("start_logprobs")).mean())
 
-    @torch.no_grad()
-    def _with_scores(self, batch: TokenBatch, model: PreTrainedModel, name: str) -> TokenBatch:
-        bf16 = use_bf16(self.settings.precision, model.device.type)
-        scores = score(model, batch.to(model.device), temperature=self.settings.temperature, bf16=bf16)
+    def _with_scores(self, batch: TokenBatch, frozen: Frozen, name: str) -> TokenBatch:
+        bf16 = use_bf16(self.settings.precision, frozen.model.device.type)
+        with frozen.asked() as model:
+            scores = score(model, batch.to(model.device), temperature=self.settings.temperature, bf16=bf16)
         stream = torch.zeros(batch.num_tokens)
         stream[batch.targets_N] = scores.logprobs_N.cpu()
         return batch.with_streams(**{name: stream})
@@ -226,7 +226,7 @@ def summarise(completions: Sequence[Completion], verdicts: Sequence[Verdict], ad
 def run(settings: GRPOSettings, context: Context) -> StageResult:
     """Train `base` on prompts.jsonl."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
+    base = load_learner(context, settings)
     prompts = read_prompts(input_file(context, "data", "prompts.jsonl"))
     encoded = [render_prompt(base.tokenizer, [{"role": "user", "content": p.prompt}]) for p in prompts]
     ledger = new_ledger()
@@ -237,7 +237,7 @@ def run(settings: GRPOSettings, context: Context) -> StageResult:
     source = RolloutSource(
         base=base,
         reference=load_reference(settings, context, base),
-        start=load_start(settings, context),
+        start=load_start(settings, context, base),
         prompts=prompts,
         encoded=encoded,
         settings=settings,
@@ -265,7 +265,7 @@ def require_room(prompts: Sequence[Array], context: int) -> None:
             )
 
 
-def load_reference(settings: GRPOSettings, context: Context, base: Base) -> PreTrainedModel | None:
+def load_reference(settings: GRPOSettings, context: Context, base: Base) -> Frozen | None:
     """The model that the KL penalty pulls to: the input `reference`, or the base as it is given."""
     if settings.kl_beta == 0:
         if "reference" in context.inputs:
@@ -273,15 +273,13 @@ def load_reference(settings: GRPOSettings, context: Context, base: Base) -> PreT
                 "a reference is given, but kl_beta is 0 and nothing would read it; set kl_beta, or leave it out"
             )
         return None
-    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
-    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
-    return reference.model.eval()
+    return load_given(context, base, "reference")
 
 
-def load_start(settings: GRPOSettings, context: Context) -> PreTrainedModel | None:
+def load_start(settings: GRPOSettings, context: Context, base: Base) -> Frozen | None:
     """The model as it was given, where the loss has no KL penalty that would log the distance from it."""
     is_measured = settings.kl_groups > 0 and settings.kl_beta == 0
-    return load_base(context.inputs["base"]).model.eval() if is_measured else None
+    return load_given(context, base) if is_measured else None
 
 
 def resume_point(context: Context) -> int:

@@ -11,7 +11,7 @@ from polm.stages.common import (
     Stage,
     StageResult,
     input_file,
-    load_base,
+    load_learner,
     new_ledger,
     start_stage,
     train_on_trees,
@@ -22,7 +22,7 @@ from polm.text.templates import apply_template
 def run(settings: SFTSettings, context: Context) -> StageResult:
     """Fine-tune `base` on sft.jsonl."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
+    base = load_learner(context, settings)
     if settings.chat_template is not None:
         apply_template(base.tokenizer, settings.chat_template)
     ledger = new_ledger()

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from polm.stages import annotate, data, dpo, eval, grpo, microscope, midtrain, pairs, pretrain, sft, tokenizer
+from polm.stages import (
+    annotate,
+    data,
+    dpo,
+    eval,
+    grpo,
+    merge_adapter,
+    microscope,
+    midtrain,
+    pairs,
+    pretrain,
+    sft,
+    tokenizer,
+)
 from polm.stages.common import Stage
 
 STAGES: dict[str, Stage] = {
@@ -16,5 +29,6 @@ STAGES: dict[str, Stage] = {
     "pairs": pairs.STAGE,
     "dpo": dpo.STAGE,
     "grpo": grpo.STAGE,
+    "merge_adapter": merge_adapter.STAGE,
     "eval": eval.STAGE,
 }
