@@ -36,9 +36,7 @@ KINDS: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "ia3": (
         {"kind": "ia3"},
-        peft.IA3Config(
-            **COMMON, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
-        ),
+        peft.IA3Config(**COMMON, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     ),
     "prefix": (
         {"kind": "prefix", "virtual_tokens": 4},
