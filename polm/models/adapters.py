@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -337,6 +338,18 @@ def locate_base(folder: str | Path) -> tuple[str, str | None]:
     return (f"{named}@{revision}" if revision else named), note.get("fingerprint")
 
 
+def _require_all_weights(peft: Any, wrapper: Any, folder: Path) -> None:
+    """ModelError where the file lacks weights, or has some for layers that are not there; peft goes on without."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        found = set(file.keys())
+    expected = set(peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False))
+    extra = found - expected - set(wrapper.state_dict())  # embeddings may be saved along
+    for what, names in (("lacks weights for", expected - found), ("has weights for layers that are not there:", extra)):
+        if names:
+            shown = ", ".join(sorted(names)[:2])
+            raise ModelError(f"the adapter {folder} {what} {shown} …: it belongs to another base, or was cut short")
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path, base: str, *, trained: bool) -> PreTrainedModel:
     """Put the adapter of a folder on its base, loaded by `load_model`; with `trained` it can be trained further."""
     peft = import_peft()
@@ -348,9 +361,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base: str, *, train
         )
     is_prompt = not KNOWN_TYPES[kind]
     try:
-        wrapper = peft.PeftModel.from_pretrained(
-            model, str(folder), is_trainable=trained and not is_prompt, torch_device=str(model.device)
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            wrapper = peft.PeftModel.from_pretrained(
+                model, str(folder), is_trainable=trained and not is_prompt, torch_device=str(model.device)
+            )
+        _require_all_weights(peft, wrapper, Path(folder))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ModelError(
             f"the adapter {folder} does not fit its base {base}: {first_line(error)}; it belongs to another base, or "

@@ -40,7 +40,7 @@ MERGING = ("lora", "rslora", "dora", "ia3")
 IDS = torch.arange(3, 23)
 
 
-def run_sft(artifact: Any, folder: Path, adapter: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+def run_sft(artifact: Any, folder: Path, adapter: Mapping[str, Any] | None, **changes: Any) -> dict[str, Any]:
     inputs = {"base": str(artifact("midtrain")), "data": str(artifact("data"))} | changes.pop("inputs", {})
     manifest: dict[str, Any] = artifact.run("sft", SFTSettings(**{**SMALL, **changes}, adapter=adapter), inputs, folder)
     return manifest
@@ -75,9 +75,9 @@ def trained(artifact: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_peft_loads_what_a_stage_saves(kind: str, artifact: Any, trained: Any) -> None:
-    """Plain transformers for the base, plain peft for the adapter: the log-probabilities of `load_base`, which are other
-    than the base's."""
+def test_peft_loads_what_a_stage_saves(kind: str, trained: Any) -> None:
+    """Plain transformers for the base, plain peft for the adapter: the log-probabilities of `load_base`, which differ
+    from the base's."""
     folder = trained(kind) / "model"
     config = json.loads((folder / "adapter_config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=torch.float32)
@@ -152,7 +152,7 @@ def test_virtual_tokens_are_not_merged(kind: str, artifact: Any, trained: Any, t
     with pytest.raises(ModelError, match=r"cannot be merged: its virtual tokens stand before every text"):
         artifact.run("merge_adapter", MergeAdapterSettings(), {"model": str(trained(kind))}, tmp_path / "merged")
     with pytest.raises(ModelError, match="cannot be merged"):  # nor can the next stage train what is below them
-        run_sft(artifact, tmp_path / "full", None, inputs={"base": str(trained(kind))})  # type: ignore[arg-type]
+        run_sft(artifact, tmp_path / "full", None, inputs={"base": str(trained(kind))})
 
 
 @pytest.mark.parametrize("kind", MERGING)
@@ -165,7 +165,7 @@ def test_the_next_stage_merges_first(kind: str, artifact: Any, trained: Any, tmp
     ours = score_forest(load_base(str(tmp_path / "next")).model)
     torch.testing.assert_close(score_plainly(plain), ours, rtol=0, atol=1e-5)
     assert float((ours - merged).abs().max()) > 1e-2
-    full = run_sft(artifact, tmp_path / "full", None, inputs={"base": str(trained(kind))})  # type: ignore[arg-type]
+    full = run_sft(artifact, tmp_path / "full", None, inputs={"base": str(trained(kind))})
     assert "adapter" not in full["summary"]
     assert (tmp_path / "full" / "model" / "model.safetensors").is_file()
 
