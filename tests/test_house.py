@@ -182,6 +182,11 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
         workshop.inputs("pretrain"),
         tmp_path / "more",
     )
+    for kind in ("ia3", "prefix", "prompt", "lora"):
+        tuned = artifact.spec("sft")[1].model_copy(update={"adapter": recipe.AdapterSettings(kind=kind)})
+        workshop.run("sft", tuned, workshop.inputs("sft"), tmp_path / kind)
+    merge = recipe.MergeAdapterSettings()
+    workshop.run("merge_adapter", merge, {"model": str(tmp_path / "lora")}, tmp_path / "merged")
     workshop.run(
         "data",
         recipe.DataStage(data=recipe.FolderData(source="folder", path=tmp_path / "data")),

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from polm.config import find_recipe, load_settings, recipe_folder
 from polm.engine import fit as fit_module
 from polm.engine.score import score
 from polm.errors import ModelError, RecipeError, UserError
 from polm.models.adapters import adapter_parameters
 from polm.models.loading import load_model
 from polm.recipe import DPOSettings, GRPOSettings, MergeAdapterSettings, MidtrainSettings, PretrainSettings, SFTSettings
+from polm.recipe_adapter import ADAPTER_KNOBS
 from polm.stages import common
 from polm.stages.common import load_base
 from polm.tokens import build_document, collate
@@ -37,6 +39,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "p_tuning": {"kind": "p_tuning", "virtual_tokens": 4, "encoder_width": 8},
 }
 MERGING = ("lora", "rslora", "dora", "ia3")
+TYPES = {
+    "lora": "LORA",
+    "ia3": "IA3",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+    "p_tuning": "P_TUNING",
+}
 IDS = torch.arange(3, 23)
 
 
@@ -194,6 +203,36 @@ def test_continue_needs_an_adapter_that_can_go_on(artifact: Any, trained: Any, t
         run_sft(artifact, tmp_path / "a", {"kind": "continue"})
     with pytest.raises(ModelError, match="cannot be trained further"):
         run_sft(artifact, tmp_path / "b", {"kind": "continue"}, inputs={"base": str(trained("p_tuning"))})
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+SHIPPED = sorted(path.stem for path in (recipe_folder() / "adapters").glob("*.yaml"))
+TINY_WORDS = ["epochs=null", "updates=2", "bin_tokens=192", "bins_per_update=1", "micro_bins=0", "precision=fp32"]
+TINY_WORDS += ["schedule.warmup_updates=0", "checkpoint_every=0"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_run(name: str, artifact: Any, tmp_path: Path) -> None:
+    """Two updates on the tiny model, with the file's own adapter; 4 bits need a GPU."""
+    settings = load_settings(SFTSettings, find_recipe(f"adapters/{name}"), TINY_WORDS, section="sft")
+    assert settings.adapter is not None
+    if name == "qlora":
+        assert settings.adapter.quantize == "nf4"
+        return
+    inputs = {"base": str(artifact("midtrain")), "data": str(artifact("data"))}
+    manifest = artifact.run("sft", settings, inputs, tmp_path / "out")
+    assert manifest["summary"]["adapter"] == TYPES[settings.adapter.kind]
+    assert manifest["summary"]["last/grad_norm"] > 0
+    assert load_settings(DPOSettings, find_recipe(f"adapters/{name}"), TINY_WORDS).adapter == settings.adapter
+
+
+def test_there_is_a_recipe_for_each_kind() -> None:
+    found = {load_settings(SFTSettings, find_recipe(f"adapters/{name}")).adapter for name in SHIPPED}
+    assert {adapter.kind for adapter in found if adapter is not None} == set(ADAPTER_KNOBS) - {"continue"}
+    text = (recipe_folder().parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in SHIPPED)
 
 
 # ---- the free reference ----------------------------------------------------------------------------------------------
