@@ -111,9 +111,10 @@ class _Group:
 class ForestPlan:
     """How to attend over one `TokenBatch`; built once, used by every layer. Windows go by distance on the path."""
 
-    def __init__(self, groups: list[_Group], inverse_T: Tensor):
+    def __init__(self, groups: list[_Group], inverse_T: Tensor, spare: int):
         self.groups = groups
-        self.inverse_T = inverse_T  # place of each stream token among the groups' padded queries
+        self.inverse_T = inverse_T  # place of each stream token among the groups' padded queries; 0 for spare rows
+        self.spare = spare
         self._bias: dict[int | None, list[Tensor]] = {}
 
     def biases(self, window: int | None) -> list[Tensor]:
@@ -170,7 +171,7 @@ def build_plan(batch: TokenBatch, num_heads: int, spare: int = 0, virtual: int =
     for members in _group_blocks(blocks, num_heads):
         groups.append(_build_group(members, positions, inverse, offset, batch.tokens_T.device))
         offset += groups[-1].num_blocks * groups[-1].num_queries
-    return ForestPlan(groups, torch.from_numpy(inverse).to(batch.tokens_T.device))
+    return ForestPlan(groups, torch.from_numpy(inverse).to(batch.tokens_T.device), spare)
 
 
 def _cut_blocks(starts: list[int], lengths: list[int], parents: list[int]) -> list[_Block]:
@@ -330,6 +331,8 @@ class _ForestAttention(torch.autograd.Function):
             _add_keys(grad_key, torch.matmul(grad_scores.transpose(2, 3), queries), group)
             _add_keys(grad_value, torch.matmul(weights.transpose(2, 3), grad_rows), group)
         grad_query = torch.cat(grad_queries).index_select(0, plan.inverse_T)
+        if plan.spare:  # their place is another token's, whose gradient is not theirs
+            grad_query[-plan.spare :] = 0.0
         return grad_query, grad_key.to(key_TJD.dtype), grad_value.to(value_TJD.dtype), None, None, None
 
 
