@@ -176,7 +176,11 @@ class TrainSettings(Settings):
     threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
-    adapter: AdapterSettings | None = Field(None, description="train this on the frozen base, in place of its weights")
+    adapter: AdapterSettings | None = Field(
+        None,
+        description="train this on the frozen base, in place of its weights",
+        json_schema_extra={"semantic": "if given"},
+    )
     checkpoint_every: Number = Field(
         0, description="updates between checkpoints; 0 = off", json_schema_extra=NOT_SEMANTIC
     )

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,8 @@ def _read_peak_memory() -> float:
 
 def collect_versions() -> dict[str, str]:
     """What the numbers were made with."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "math-verify")
+    packages = ["torch", "transformers", "tokenizers", "numpy", "math-verify"]
+    packages += [name for name in ("peft",) if find_spec(name) is not None]
     machine = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count()), "machine": platform.machine()}
     return {"polm": __version__, **{name: version(name) for name in packages}, **machine}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from polm.models.adapters import (
     save_adapter,
 )
 from polm.models.loading import load_model, save_model
+from polm.models.quantize import build_quantization
 from polm.recipe import OptimizerSettings, SFTSettings
 from polm.recipe_adapter import ADAPTER_KNOBS, AdapterSettings
 from polm.tokens import TokenBatch, build_completions, build_document, collate
@@ -200,6 +202,29 @@ def test_a_checkpoint_holds_the_adapter_only(build_tiny: Build, tmp_path: Path) 
     assert trained < size < 1.5 * trained + 5000
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_bf16_products_stay_near_float32(kind: str, build_tiny: Build) -> None:
+    model = attach(build_tiny(spread=1.0), kind, spread=0.05)
+    gradients = []
+    for bf16 in (False, True):
+        scores = score(model, build_batch(), bf16=bf16)
+        scores.logprobs_N.sum().backward()
+        found = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values() if p.grad is not None])
+        gradients.append(found.clone())
+        model.zero_grad()
+    assert len(gradients[0]) == sum(p.numel() for p in adapter_parameters(model).values())
+    assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.97
+
+
+def test_4_bits_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="nf4 needs a CUDA GPU"):
+        build_quantization("nf4")
+    monkeypatch.setattr("polm.models.quantize.torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"needs `bitsandbytes`, which is not installed: pip install bitsandbytes"):
+        build_quantization("nf4")
+
+
 # ---- off, and merged -----------------------------------------------------------------------------------------------
 
 
@@ -332,7 +357,7 @@ def test_a_hub_base_keeps_its_revision(saved: Callable[[str], Path]) -> None:
 
 
 def test_without_peft(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"adapters need `peft`.*pip install 'polm\[adapters\]'"):
         attach_adapter(build_tiny(), AdapterSettings(kind="lora"), "x", seed=0)
     assert adapters.find_adapter(build_tiny()) is None
