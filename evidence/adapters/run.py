@@ -1,7 +1,9 @@
 """Compare each adapter with full fine-tuning: accuracy, trained parameters, time and memory.
 
 python evidence/adapters/run.py tune      # learning rates on seeds 0 and 1, into tuning.json
-python evidence/adapters/run.py           # the seeds of recipe.yaml at those rates, one file a seed
+python evidence/adapters/run.py bases     # only the bases of the seeds of recipe.yaml (also while it tunes)
+python evidence/adapters/run.py seeds     # the seeds of recipe.yaml at those rates, one file a seed
+python evidence/adapters/run.py seeds 100 101    # some seeds only
 python evidence/adapters/run.py memory    # peak memory and time of a larger model, a process for each
 python evidence/adapters/run.py table     # only add up what is there: result.json, figure.png and the tables
 
@@ -156,10 +158,10 @@ def run_memory(recipe: Recipe) -> None:
     MEMORY.write_text(json.dumps({"seeds": MEMORY_SEEDS, "kinds": rows}, indent=1) + "\n")
 
 
-def run_seeds(recipe: Recipe) -> None:
+def run_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
     """Every kind at its rate, seed by seed."""
     chosen = json.loads(TUNING.read_text())["chosen"]
-    for seed in recipe.seeds:
+    for seed in seeds:
         path = HERE / "seeds" / f"{seed}.json"
         if path.is_file():
             continue
@@ -240,16 +242,20 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    words = sys.argv[1:]
+    word, *numbers = sys.argv[1:] or ["table"]
     recipe = load_settings(Recipe, HERE / "recipe.yaml")
-    if words == ["tune"]:
+    seeds = [int(number) for number in numbers] or list(recipe.seeds)
+    if word == "tune":
         tune(recipe)
-    elif words == ["memory"]:
+    elif word == "bases":
+        for seed in seeds:
+            build_base(recipe, seed)
+    elif word == "seeds":
+        run_seeds(recipe, seeds)
+    elif word == "memory":
         run_memory(recipe)
-    elif not words:
-        run_seeds(recipe)
-    elif words != ["table"]:
-        raise SystemExit(f"unknown words {words}: tune, memory, table or nothing")
+    elif word != "table":
+        raise SystemExit(f"unknown word {word}: expected tune, bases, seeds, memory or table")
     rows = read_seeds()
     if rows and MEMORY.is_file():
         memory = json.loads(MEMORY.read_text())["kinds"]
