@@ -107,21 +107,22 @@ def measure(recipe: Recipe, kind: str, rate: float, seed: int) -> dict[str, floa
 
 
 def tune(recipe: Recipe) -> None:
-    """Each kind's rate: all on the first tuning seed, the best two on the second, too. All numbers stay in the file."""
+    """Each kind's rate, by the likelihood of held-out solutions: all on the first tuning seed, the best two on the
+    second, too. All numbers stay in the file."""
     second = TUNING_SEEDS[1]
     rows: dict[str, dict[str, list[float]]] = {}
     for seed in TUNING_SEEDS:
         for kind, (_, rates) in KINDS.items():
-            best = sorted(rates, key=lambda rate: -rows[kind][f"{rate:g}"][0])[:2] if seed == second else rates
+            best = sorted(rates, key=lambda rate: rows[kind][f"{rate:g}"][0])[:2] if seed == second else rates
             for rate in best:
                 found = measure(recipe, kind, rate, seed)
-                rows.setdefault(kind, {}).setdefault(f"{rate:g}", []).append(round(found["accuracy"], 2))
-                print(f"seed {seed} {kind} {rate:g}: {found['accuracy']:.1f}", flush=True)
+                rows.setdefault(kind, {}).setdefault(f"{rate:g}", []).append(round(found["nll"], 5))
+                print(f"seed {seed} {kind} {rate:g}: {found['nll']:.4f}, {found['accuracy']:.1f} %", flush=True)
     chosen = {}
     for kind, by_rate in rows.items():
         both = {rate: values for rate, values in by_rate.items() if len(values) == len(TUNING_SEEDS)}
-        chosen[kind] = float(max(both, key=lambda rate: float(np.mean(both[rate]))))
-    TUNING.write_text(json.dumps({"seeds": TUNING_SEEDS, "accuracy": rows, "chosen": chosen}, indent=1) + "\n")
+        chosen[kind] = float(min(both, key=lambda rate: float(np.mean(both[rate]))))
+    TUNING.write_text(json.dumps({"seeds": TUNING_SEEDS, "nll": rows, "chosen": chosen}, indent=1) + "\n")
 
 
 def measure_memory(kind: str, seed: int, folder: str, answers: Any) -> None:
@@ -187,56 +188,68 @@ def build_claims(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) -
             continue
         worse = [row[kind]["accuracy"] - row[FULL]["accuracy"] for row in rows]
         add(f"{kind} answers worse than {FULL}", "greedy accuracy after SFT (points)", kind, FULL, worse, "lower")
+        less = [row[kind]["nll"] - row[FULL]["nll"] for row in rows]
+        words = f"{kind} finds held-out solutions less likely than {FULL}"
+        add(words, "NLL of held-out solutions (nats/token)", kind, FULL, less, "higher")
         slower = [100.0 * (row[kind]["seconds"] / row[FULL]["seconds"] - 1.0) for row in rows]
         words = f"an update of {kind} takes another time than one of {FULL}, model of 0.4 M parameters"
         add(words, "time an update (percent)", kind, FULL, slower, "either")
         mine, full = memory[kind], memory[FULL]
-        less = [a - b for a, b in zip(mine["megabytes"], full["megabytes"], strict=True)]
-        add(f"{kind} holds less memory than {FULL}", "peak memory (MB), 26 M parameters", kind, FULL, less, "lower")
+        held = [a - b for a, b in zip(mine["megabytes"], full["megabytes"], strict=True)]
+        add(f"{kind} holds less memory than {FULL}", "peak memory (MB), 26 M parameters", kind, FULL, held, "lower")
         time = [100.0 * (a / b - 1.0) for a, b in zip(mine["seconds"], full["seconds"], strict=True)]
         words = f"an update of {kind} takes another time than one of {FULL}, model of 26 M parameters"
         add(words, "time an update (percent)", kind, FULL, time, "either")
     for kind in ("rsLoRA", "DoRA"):
-        better = [row[kind]["accuracy"] - row["LoRA"]["accuracy"] for row in rows]
-        add(f"{kind} answers better than LoRA", "greedy accuracy after SFT (points)", kind, "LoRA", better, "higher")
+        gain = [row[kind]["nll"] - row["LoRA"]["nll"] for row in rows]
+        words = f"{kind} finds held-out solutions more likely than LoRA"
+        add(words, "NLL of held-out solutions (nats/token)", kind, "LoRA", gain, "lower")
     return claims
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) -> str:
-    """Markdown: means over the seeds, accuracy with its standard error, differences with 95 % t intervals."""
+    """Markdown: means over the seeds with their standard errors, differences with 95 % t intervals."""
     lines = [
-        "| | accuracy, % | over full, points | trained | file, MB | time an update, x full | at 26 M: time, x full | "
+        "| | NLL, nats/token | over full | accuracy, % | over full, points | trained | file, MB | time an update, x full | at 26 M: time, x full | "
         "peak memory, MB |",
-        "|---" * 8 + "|",
+        "|---" * 10 + "|",
     ]
     for kind in KINDS:
-        spread = compute_mean_stderr([row[kind]["accuracy"] for row in rows])
-        gaps = [row[kind]["accuracy"] - row[FULL]["accuracy"] for row in rows]
-        interval = compute_t_interval(gaps) if kind != FULL else None
-        shown = f"{np.mean(gaps):+.1f} ({interval.low95:+.1f} to {interval.high95:+.1f})" if interval else "·"
+        cells = []
+        for name, digits in (("nll", 4), ("accuracy", 1)):
+            spread = compute_mean_stderr([row[kind][name] for row in rows])
+            gap = compute_t_interval([row[kind][name] - row[FULL][name] for row in rows])
+            cells.append(f"{spread.mean:.{digits}f} ± {spread.stderr:.{digits}f}")
+            low, high = f"{gap.low95:+.{digits}f}", f"{gap.high95:+.{digits}f}"
+            cells.append(f"{gap.mean_difference:+.{digits}f} ({low} to {high})" if kind != FULL else "·")
         ratio = np.mean([row[kind]["seconds"] / row[FULL]["seconds"] for row in rows])
         large = np.mean(np.array(memory[kind]["seconds"]) / np.array(memory[FULL]["seconds"]))
         peak = np.mean(memory[kind]["megabytes"])
         lines.append(
-            f"| {kind} | {spread.mean:.1f} ± {spread.stderr:.1f} | {shown} | {rows[0][kind]['trained']:,.0f} | "
+            f"| {kind} | {' | '.join(cells)} | {rows[0][kind]['trained']:,.0f} | "
             f"{rows[0][kind]['megabytes']:.3f} | {ratio:.2f} | {large:.2f} | {peak:,.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy over trained parameters, a point a kind with a 95 % t interval over the seeds."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    for kind in KINDS:
-        values = [row[kind]["accuracy"] for row in rows]
-        interval = compute_t_interval(values)
-        mean = interval.mean_difference
-        trained = rows[0][kind]["trained"]
-        axis.errorbar(trained, mean, [[mean - interval.low95], [interval.high95 - mean]], fmt="o", capsize=3)
-        axis.annotate(kind, (trained, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axis.set_xscale("log")
-    axis.set_xlabel("trained parameters")
-    axis.set_ylabel("greedy accuracy after SFT, %")
+    """Likelihood and accuracy over trained parameters: differences to full fine-tuning with 95 % t intervals."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for axis, name, label in (
+        (axes[0], "nll", "NLL of held-out solutions over full fine-tuning, nats/token (less is better)"),
+        (axes[1], "accuracy", "greedy accuracy over full fine-tuning, points"),
+    ):
+        for kind in KINDS:
+            if kind == FULL:
+                continue
+            gap = compute_t_interval([row[kind][name] - row[FULL][name] for row in rows])
+            mean, trained = gap.mean_difference, rows[0][kind]["trained"]
+            axis.errorbar(trained, mean, [[mean - gap.low95], [gap.high95 - mean]], fmt="o", capsize=3)
+            axis.annotate(kind, (trained, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.axhline(0, color="0.5", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xlabel("trained parameters")
+        axis.set_ylabel(label, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
