@@ -210,8 +210,8 @@ def build_claims(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) -
 def write_table(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) -> str:
     """Markdown: means over the seeds with their standard errors, differences with 95 % t intervals."""
     lines = [
-        "| | NLL, nats/token | over full | accuracy, % | over full, points | trained | file, MB | time an update, x full | at 26 M: time, x full | "
-        "peak memory, MB |",
+        "| | NLL, nats/token | over full | accuracy, % | over full, points | trained | file, MB | "
+        "time an update, x full | at 26 M: time, x full | peak memory, MB |",
         "|---" * 10 + "|",
     ]
     for kind in KINDS:
