@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_judge, recipe_online, recipe_rewards, recipe_rl
+from polm import recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings, validate
@@ -37,7 +37,8 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_judge", "recipe_online", "recipe_rewards", "recipe_rl"},
+    {"tokens", "errors", "config", "recipe", "recipe_adapter", "recipe_judge", "recipe_online"}
+    | {"recipe_rewards", "recipe_rl"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -64,7 +65,7 @@ ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO"
 SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-RECIPES = (recipe, recipe_judge, recipe_online, recipe_rewards, recipe_rl)
+RECIPES = (recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl)
 BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
@@ -216,6 +217,11 @@ def test_every_setting_is_read_when_stages_run(
         workshop.inputs("pretrain"),
         tmp_path / "more",
     )
+    for kind in ("ia3", "prefix", "prompt", "lora"):
+        tuned = artifact.spec("sft")[1].model_copy(update={"adapter": recipe.AdapterSettings(kind=kind)})
+        workshop.run("sft", tuned, workshop.inputs("sft"), tmp_path / kind)
+    merge = recipe.MergeAdapterSettings()
+    workshop.run("merge_adapter", merge, {"model": str(tmp_path / "lora")}, tmp_path / "merged")
     workshop.run(
         "data",
         recipe.DataStage(data=recipe.FolderData(source="folder", path=tmp_path / "data")),

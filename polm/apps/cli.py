@@ -336,6 +336,7 @@ STAGE_HELP = {
     "rloo": "reinforcement learning with a leave-one-out baseline",
     "reinforce_pp": "reinforcement learning by REINFORCE++",
     "remax": "reinforcement learning with the greedy answer as the baseline",
+    "merge_adapter": "an adapter and its base as one ordinary checkpoint",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

@@ -33,13 +33,15 @@ class Progress:
 
 
 def save_checkpoint(workdir: Path, model: PreTrainedModel, optimizers: Sequence[Optimizer], progress: Progress) -> None:
-    """Write weights, optimizer state and progress; a kill at any moment leaves this checkpoint or the last one."""
+    """Write what is trained, the optimizer's state and progress; a kill at any moment leaves this checkpoint or the one
+    before. Frozen weights come from the base again."""
     final = workdir / f"{PREFIX}{progress.update:08d}"
     temporary = workdir / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        weights = {name: p.detach().cpu().contiguous() for name, p in trained}
         save_file(weights, temporary / "weights.safetensors")
         save_file(optimizer_tensors(optimizers), temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
@@ -75,7 +77,8 @@ def restore_checkpoint(workdir: Path, model: PreTrainedModel, optimizers: Sequen
         progress = Progress(**json.loads((folder / "progress.json").read_text()))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"the checkpoint {folder} is damaged ({error}); remove that folder and run again") from error
     load_optimizer_tensors(optimizers, state)

@@ -23,7 +23,19 @@ from polm.recipe_online import OnlineSettings
 from polm.rewards.base import Rewarder
 from polm.rewards.rank import compute_preference, reward_by_rank
 from polm.rollout.generate import Completion, Mixture
-from polm.stages.common import Context, Stage, StageResult, load_base, new_ledger, start_stage, train
+from polm.stages.common import (
+    Base,
+    Context,
+    Frozen,
+    Stage,
+    StageResult,
+    load_base,
+    load_given,
+    load_learner,
+    new_ledger,
+    start_stage,
+    train,
+)
 from polm.stages.rollout_source import add_scores, collate_bins
 from polm.stages.rollouts import (
     REWARD_INPUTS,
@@ -54,7 +66,7 @@ class OnlineSource:
     """Batches of fresh preferences; update u is a pure function of (seed, u, weights), if the rewarder is one."""
 
     sampler: Sampler[OnlineSettings]
-    reference: PreTrainedModel
+    reference: Frozen
 
     @property
     def num_updates(self) -> int:
@@ -85,13 +97,18 @@ class OnlineSource:
         prompts, encoded = [sampler.prompts[i] for i in chosen], [sampler.encoded[i] for i in chosen]
         num_own = settings.samples if settings.method == "dpo" else settings.samples // 2
         draw = partial(sampler.draw, encoded, num_samples=num_own, temperature=settings.temperature)
-        mixture = Mixture(self.reference, settings.mixture) if settings.mixture else None
+        mixture = Mixture(self.reference.model, settings.mixture) if settings.mixture else None
         seeds = mix_seed(settings.seed, update), mix_seed(settings.seed, update, OTHER)
         if settings.method == "dpo":
             completions = draw(model, seed=seeds[0], mixture=mixture)
         else:
-            rival = partial(draw, self.reference) if settings.method == "xpo" else partial(draw, model, mixture=mixture)
-            completions = merge_completions(draw(model, seed=seeds[0]), rival(seed=seeds[1]), num_own)
+            own = draw(model, seed=seeds[0])
+            if settings.method == "xpo":
+                with self.reference.asked() as reference:
+                    others = draw(reference, seed=seeds[1])
+            else:
+                others = draw(model, seed=seeds[1], mixture=mixture)
+            completions = merge_completions(own, others, num_own)
         rewards = judge_completions(sampler.rewarder, prompts, encoded, completions)
         return Rollout(update, prompts, encoded, completions, rewards), num_own
 
@@ -230,15 +247,23 @@ def load_comparer(settings: OnlineSettings, context: Context) -> Rewarder | None
     return reward_by_rank(judge.rank, settings.samples)
 
 
+def load_reference(settings: OnlineSettings, context: Context, base: Base) -> Frozen:
+    """The input `reference`, or the base as it is given. A mixture asks it beside the learner in one call, so there it
+    is a copy of its own also where the learner is an adapter on it."""
+    if not settings.mixture:
+        return load_given(context, base, "reference")
+    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
+    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
+    return Frozen(reference.model.eval())
+
+
 def run(settings: OnlineSettings, context: Context) -> StageResult:
     """Train `base` on prompts.jsonl. The reference is `base` as it is given, or the input `reference`."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
-    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
-    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
+    base = load_learner(context, settings)
     ledger = new_ledger()
     sampler = build_sampler(settings, context, base, ledger, 1, load_comparer(settings, context))
-    source = OnlineSource(sampler, reference.model.eval())
+    source = OnlineSource(sampler, load_reference(settings, context, base))
     temperature = score_temperature(settings)
     return train(context, base, source, build_objective(settings), settings, ledger, temperature=temperature)
 

@@ -10,6 +10,7 @@ from polm.stages import (
     eval,
     grpo,
     judge,
+    merge_adapter,
     microscope,
     midtrain,
     online,
@@ -46,5 +47,6 @@ STAGES: dict[str, Stage] = {
     "rloo": rloo.STAGE,
     "reinforce_pp": reinforce_pp.STAGE,
     "remax": remax.STAGE,
+    "merge_adapter": merge_adapter.STAGE,
     "eval": eval.STAGE,
 }

@@ -22,7 +22,7 @@ from polm.rewards.base import Reward
 from polm.rewards.verify import Verdict
 from polm.rollout.generate import Completion
 from polm.stages import online
-from polm.stages.common import Context, load_base, new_ledger
+from polm.stages.common import Context, Frozen, load_base, new_ledger
 from polm.stages.online import (
     Match,
     build_answer_trees,
@@ -328,7 +328,7 @@ def test_scores_are_tempered_as_the_samples_were(
     settings = OnlineSettings(**SMALL, method=method)
     context = Context(tmp_path, artifact.inputs("online"), say=lambda _: None)
     sampler = build_sampler(settings, context, load_base(str(artifact("sft"))), new_ledger(), 1)
-    batch = online.OnlineSource(sampler, model).step(0, model).batches[0]
+    batch = online.OnlineSource(sampler, Frozen(model)).step(0, model).batches[0]
     with torch.no_grad():
         expected = score(model, batch, temperature=1.5 if is_tempered else 1.0).logprobs_N
     torch.testing.assert_close(batch.at_targets("ref_logprobs"), expected)
@@ -388,3 +388,21 @@ def test_there_is_a_recipe_for_each_method() -> None:
     folder = recipe_folder() / "online"
     methods = {load_settings(OnlineSettings, path).method for path in folder.glob("*.yaml")}
     assert methods == set(ONLINE_KNOBS)
+
+
+@pytest.mark.parametrize("method", sorted(ONLINE_KNOBS))
+def test_an_adapter_learns_online(method: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """The reference is the learner without its adapter, and in a mixture a copy of the base: the same numbers."""
+    changes = {"method": method, "updates": 2, "adapter": {"kind": "lora", "rank": 2}}
+    settings = OnlineSettings(**SMALL, **changes, optimizer={"learning_rate": 0.01})
+    artifact.run("online", settings, artifact.inputs("online"), tmp_path / "own")
+    other = {**artifact.inputs("online"), "reference": str(artifact("sft"))}
+    artifact.run("online", settings, other, tmp_path / "given")
+    start = "nash/log_ratio" if method == "nash_md" else "dpo/margin"
+    lines = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("own", "given")]
+    for own, given in zip(*lines, strict=True):
+        assert own[start] == pytest.approx(given[start], abs=1e-4)
+        assert own["rl/reward"] == given["rl/reward"]
+    assert lines[0][0][start] == pytest.approx(0.0, abs=1e-4)
+    assert lines[0][0]["grad_norm"] > 0
+    assert (tmp_path / "own" / "model" / "adapter_config.json").is_file()
