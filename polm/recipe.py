@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from polm.config import Settings, fill_defaults, require_readers
+from polm.recipe_adapter import AdapterSettings
 from polm.recipe_rewards import RewardSettings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -176,6 +177,11 @@ class TrainSettings(Settings):
     threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    adapter: AdapterSettings | None = Field(
+        None,
+        description="train this on the frozen base, in place of its weights",
+        json_schema_extra={"semantic": "if given"},
+    )
     checkpoint_every: Number = Field(
         0, description="updates between checkpoints; 0 = off", json_schema_extra=NOT_SEMANTIC
     )
@@ -474,6 +480,10 @@ class MicroscopeSettings(Settings):
     bin_tokens: Count = Field(1024, description="length at which a document is cut, as in midtrain")
     too_long: Literal["error", "truncate", "drop", "split"] = "split"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Number = 1
+
+
+class MergeAdapterSettings(Settings):
     threads: Number = 1
 
 

@@ -59,6 +59,9 @@ class OnlineSettings(SamplingSettings):
         2, description="answers to each prompt; of xpo and nash_md half of them are the reference's or the mixture's"
     )
     method: Literal["dpo", "xpo", "nash_md"] = "dpo"
+    compare: Literal["rewards", "judge"] = Field(
+        "rewards", description="judge: the judge of reward: judge compares two answers in both orders, and grades none"
+    )
     beta: Positive = Field(0.1, description="pull towards the reference (the tau of nash_md)")
     loss: Literal["sigmoid", "ipo"] | None = Field(None, description="dpo, xpo: loss of a pair")
     alpha: NotNegative | None = Field(None, description="xpo: weight of the likelihood of the reference's answers")
@@ -80,4 +83,13 @@ class OnlineSettings(SamplingSettings):
         require_readers(self, "method", ONLINE_KNOBS)
         if self.method != "dpo" and self.samples % 2:
             raise ValueError(f"samples is {self.samples}; method: {self.method} needs an even number, half a side")
+        if self.compare == "judge":
+            if self.reward != ("judge",) or self.reward_weights:
+                raise ValueError("compare: judge needs reward: judge alone, without weights")
+            if self.method == "dpo" and self.samples != 2:
+                raise ValueError(
+                    f"samples is {self.samples}; compare: judge with method: dpo takes 2, which it compares"
+                )
+            if self.preference_temperature:
+                raise ValueError("compare: judge gives preferences itself; leave preference_temperature out")
         return self

@@ -283,8 +283,17 @@ def test_everything_else_is(kind: type[Settings]) -> None:
         "checkpoint_every",
         "log_every",
         "kl_groups",
-    }  # what is logged, not learned
+        "adapter",
+    }  # what is logged, not learned, or is not given
     assert {"threads", "precision", "seed"} <= set(values)
+
+
+def test_an_adapter_is_semantic_once_it_is_given() -> None:
+    """Without one the key is what it was before there were adapters."""
+    lora, other = (SFTSettings(adapter={"kind": "lora", "rank": rank}) for rank in (2, 3))
+    assert semantic_values(lora)["adapter"]["rank"] == 2
+    assert semantic_values(lora) != semantic_values(other)
+    assert "adapter" not in semantic_values(SFTSettings())
 
 
 def test_values_are_plain_json() -> None:

@@ -326,6 +326,8 @@ STAGE_HELP = {
     "sft": "supervised fine-tuning",
     "rejection": "a model's own best answers as SFT data (rejection sampling, RAFT)",
     "pairs": "preference pairs from a model's own samples",
+    "judge": "an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
+    "constitution": "answers criticised and revised by written principles (Constitutional AI)",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
     "online": "online preference optimisation (online DPO, XPO, Nash-MD)",
     "reward_model": "a reward model from preference pairs",
@@ -335,6 +337,7 @@ STAGE_HELP = {
     "reinforce_pp": "reinforcement learning by REINFORCE++",
     "remax": "reinforcement learning with the greedy answer as the baseline",
     "ppo": "reinforcement learning by PPO, with a critic",
+    "merge_adapter": "an adapter and its base as one ordinary checkpoint",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

@@ -23,6 +23,7 @@ from polm.data.normalise import (
     build_feedback,
     build_preference,
     build_prompt,
+    build_prompt_messages,
     build_stepwise,
     require_columns,
 )
@@ -116,6 +117,27 @@ def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
         found = build_prompt(place, row if judged else {"answer": "", "verifier": "", **row})
         columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
         prompts.append(replace(found, columns=columns) if columns else found)
+    return prompts
+
+
+def read_prompt_messages(path: Path) -> list[list[Message]]:
+    """Reads prompts that nobody needs to verify: {"prompt": a string or messages}; other columns are not read.
+
+    Raises:
+        DataError: no prompt, or one in which the user does not speak last.
+    """
+    prompts = []
+    for line, row in read_rows(path):
+        messages = build_prompt_messages(f"{path}:{line}", row)
+        if messages is None:
+            require_columns(f"{path}:{line}", row, ["prompt"], '{"prompt": "..."} or {"prompt": [messages]}')
+            raise AssertionError("a column prompt is a prompt")
+        if messages[-1]["role"] != "user":
+            raise DataError(
+                f"{path}:{line}: a prompt must end with the user's message, found {messages[-1]['role']}; take the "
+                "last message out"
+            )
+        prompts.append(messages)
     return prompts
 
 

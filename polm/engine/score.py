@@ -176,7 +176,9 @@ class _ChunkedHead(torch.autograd.Function):
         temperature, cap, with_entropy, dtype = ctx.settings
         weight = weight_VD.to(dtype)
         grad_hidden = torch.empty(hidden_ND.shape, dtype=hidden_ND.dtype, device=hidden_ND.device)
-        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        # A frozen output matrix (an adapter is trained, not the base) gets no gradient and no buffer for one.
+        frozen = not ctx.needs_input_grad[1]
+        grad_weight = None if frozen else torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         for part in _chunks(len(hidden_ND), weight.shape[0]):
             hidden = hidden_ND[part].to(dtype)
             logits = _chunk_logits(hidden, weight, temperature, cap)
@@ -195,5 +197,7 @@ class _ChunkedHead(torch.autograd.Function):
                 grad.mul_(1.0 - (logits * (temperature / cap)) ** 2)
             grad = grad.to(dtype)
             grad_hidden[part] = torch.matmul(grad, weight).to(hidden_ND.dtype)
-            grad_weight += torch.matmul(grad.t(), hidden).float()
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None, None, None
+            if grad_weight is not None:
+                grad_weight += torch.matmul(grad.t(), hidden).float()
+        out = grad_weight.to(weight_VD.dtype) if grad_weight is not None else None
+        return grad_hidden, out, None, None, None, None, None

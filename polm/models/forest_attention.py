@@ -111,9 +111,10 @@ class _Group:
 class ForestPlan:
     """How to attend over one `TokenBatch`; built once, used by every layer. Windows go by distance on the path."""
 
-    def __init__(self, groups: list[_Group], inverse_T: Tensor):
+    def __init__(self, groups: list[_Group], inverse_T: Tensor, spare: int):
         self.groups = groups
-        self.inverse_T = inverse_T  # place of each stream token among the groups' padded queries
+        self.inverse_T = inverse_T  # place of each stream token among the groups' padded queries; 0 for spare rows
+        self.spare = spare
         self._bias: dict[int | None, list[Tensor]] = {}
 
     def biases(self, window: int | None) -> list[Tensor]:
@@ -152,19 +153,25 @@ def round_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-def build_plan(batch: TokenBatch, num_heads: int, spare: int = 0) -> ForestPlan:
+def build_plan(batch: TokenBatch, num_heads: int, spare: int = 0, virtual: int = 0) -> ForestPlan:
     """The plan for a batch; `num_heads` only bounds the size of one product.
 
-    `spare` rows stand behind the stream, belong to no tree, and get an output that nobody may read.
+    `spare` rows stand behind the stream, belong to no tree, and get an output that nobody may read. `virtual` tokens
+    stand before it: a root of its own, under which all trees of the batch hang.
     """
-    blocks = _cut_blocks(batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist())
+    starts, lengths, parents = batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist()
     positions = batch.positions_T.cpu().numpy()
-    inverse = np.zeros(batch.num_tokens + spare, dtype=np.int64)
+    if virtual:
+        starts, lengths = [0, *(start + virtual for start in starts)], [virtual, *lengths]
+        parents = [-1, *(parent + 1 for parent in parents)]  # a root's parent, -1, becomes the new root, 0
+        positions = np.concatenate([np.arange(virtual), positions + virtual])
+    blocks = _cut_blocks(starts, lengths, parents)
+    inverse = np.zeros(len(positions) + spare, dtype=np.int64)
     groups, offset = [], 0
     for members in _group_blocks(blocks, num_heads):
         groups.append(_build_group(members, positions, inverse, offset, batch.tokens_T.device))
         offset += groups[-1].num_blocks * groups[-1].num_queries
-    return ForestPlan(groups, torch.from_numpy(inverse).to(batch.tokens_T.device))
+    return ForestPlan(groups, torch.from_numpy(inverse).to(batch.tokens_T.device), spare)
 
 
 def _cut_blocks(starts: list[int], lengths: list[int], parents: list[int]) -> list[_Block]:
@@ -324,6 +331,8 @@ class _ForestAttention(torch.autograd.Function):
             _add_keys(grad_key, torch.matmul(grad_scores.transpose(2, 3), queries), group)
             _add_keys(grad_value, torch.matmul(weights.transpose(2, 3), grad_rows), group)
         grad_query = torch.cat(grad_queries).index_select(0, plan.inverse_T)
+        if plan.spare:  # their place is another token's, whose gradient is not theirs
+            grad_query[-plan.spare :] = 0.0
         return grad_query, grad_key.to(key_TJD.dtype), grad_value.to(value_TJD.dtype), None, None, None
 
 
