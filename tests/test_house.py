@@ -16,12 +16,13 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_judge
+from polm import recipe, recipe_judge, recipe_rounds
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
+from polm.flywheel.kinds import build_any_graph
 from polm.flywheel.runner import build_plan
 from polm.models.loading import build_model
 from polm.recipe_judge import EndpointSettings
@@ -36,7 +37,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_judge"},
+    {"tokens", "errors", "config", "recipe", "recipe_judge", "recipe_rounds"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -60,7 +61,7 @@ HANDED_ON = {
 SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py", "recipe_judge.py"}
+BOOKKEEPERS = {"config.py", "recipe.py", "recipe_judge.py", "recipe_rounds.py"}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -76,6 +77,8 @@ READ_ELSEWHERE = {
     },
     "RolloutSettings.epochs": "grpo stage, without updates",
     "Recipe.workers": "the command line",
+    "SelfRewardingRecipe.workers": "the command line",
+    "SelfRewardingRecipe.kind": "told before the recipe is read (flywheel/kinds.py)",
     **{f"EndpointSettings.{name}": "a judge on a server" for name in EndpointSettings.model_fields},
     "JudgeSettings.grade_range": "a judge's grade as a reward",
 }
@@ -136,7 +139,7 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for module in (recipe, recipe_judge)
+        for module in (recipe, recipe_judge, recipe_rounds)
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
@@ -202,6 +205,8 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
     files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
     run_judges(workshop, tmp_path)
+    rounds = recipe_rounds.SelfRewardingRecipe(kind="self_rewarding", name="x", base="x", data=recipe.DemoData())
+    build_plan(rounds, build_any_graph(rounds), tmp_path / "rounds")
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)

@@ -49,7 +49,7 @@ WORDS = {
         "is being gamed.",
     ),
     "rl/unparsed": ("share of answers", "Answers in which no result was found. They count as wrong."),
-    "rl/unjudged": ("share of answers", "Answers that the verifier gave up on. They should be none."),
+    "rl/unjudged": ("share of answers", "Answers that the verifier or the judge gave up on. They should be none."),
     "rl/length": ("tokens", "The average length of a sampled answer."),
     "rl/cut_off": ("share of answers", "Answers that hit the length limit. Many of them mean that the limit is low."),
     "rl/equal_groups": (
