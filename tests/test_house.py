@@ -206,7 +206,7 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
     run_judges(workshop, tmp_path)
     rounds = recipe_rounds.SelfRewardingRecipe(kind="self_rewarding", name="x", base="x", data=recipe.DemoData())
-    build_plan(rounds, build_any_graph(rounds), tmp_path / "rounds")
+    print_plan(Console(quiet=True), build_plan(rounds, build_any_graph(rounds), tmp_path / "rounds"), 1)
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)
