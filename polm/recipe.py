@@ -7,12 +7,12 @@ no result, so it is no part of an artifact's key.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from polm.config import Settings
-from polm.recipe_judge import JudgeSettings
+from polm.recipe_rewards import RewardSettings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -23,12 +23,6 @@ Number = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
 NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
-RewardName = Literal["verifier", "function", "judge"]
-
-
-def _as_tuple(value: Any) -> Any:
-    """One word stands for a list of one."""
-    return (value,) if isinstance(value, str) else value
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -333,53 +327,31 @@ class DPOSettings(PackedSettings):
         return self
 
 
-class RewardSettings(Settings):
-    """Where rewards come from: one source, or several whose rewards are added up with weights."""
+class RewardModelSettings(PackedSettings):
+    """A reward model from comparisons. `bin_tokens` is also the longest prompt with one answer."""
 
-    reward: Annotated[tuple[RewardName, ...], BeforeValidator(_as_tuple)] = Field(
-        ("verifier",),
-        description="verifier (each prompt's own), function (a Python function of yours), judge (a model's grades: "
-        "direct RLAIF); one or several",
+    center_coefficient: NotNegative = Field(0.0, description="weight of (c + r)^2, which keeps rewards around 0")
+    holdout_share: BelowOne = Field(
+        0.1, description="share of prompts that is not trained on but reported on; 0 = none"
     )
-    reward_weights: dict[RewardName, float] = Field(
-        default_factory=dict, description="weight of each source; 1 where none is given"
-    )
-    reward_function: str | None = Field(
-        None,
-        pattern=r"^.+\.py:[A-Za-z_]\w*$",
-        description="FILE.py:NAME, called as NAME(prompts, completions, **columns)",
-    )
-    partial_reward: Share = Field(0.0, description="verifier: reward of a wrong answer that is a number; ReFT has 0.1")
-    time_limit: Positive = Field(3.0, description="seconds that the reward of one answer may take")
-    batch_limit: Positive = Field(
-        60.0, description="function: seconds for all answers of a rollout; after that they are judged one by one"
+    head_spread: NotNegative | None = Field(
+        None, description="deviation of a fresh head's weights; default 1 / sqrt(width + 1), 0 = rewards begin at 0"
     )
 
-    judging: JudgeSettings | None = Field(None, description="judge: how the model is asked that grades the answers")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_judging(cls, values: Any) -> Any:
-        """The judge's defaults, so that a resolved recipe says how it was asked."""
-        named = _as_tuple(values.get("reward")) if isinstance(values, dict) else None
-        if not isinstance(named, list | tuple) or "judge" not in named:
-            return values
-        return {**values, "judging": {} if values.get("judging") is None else values["judging"]}
+class ProcessRewardModelSettings(PackedSettings):
+    """A process reward model from answers whose steps are labelled."""
 
-    @model_validator(mode="after")
-    def _check_rewards(self) -> Self:
-        if not self.reward or len(set(self.reward)) != len(self.reward):
-            raise ValueError(f"reward {list(self.reward)}: give at least one source, each once")
-        unknown = sorted(set(self.reward_weights) - set(self.reward))
-        if unknown:
-            raise ValueError(f"reward_weights names {unknown}, which reward {list(self.reward)} does not have")
-        if ("function" in self.reward) != (self.reward_function is not None):
-            raise ValueError("reward: function and reward_function=FILE.py:NAME go together: give both, or neither")
-        if self.judging is not None and "judge" not in self.reward:
-            raise ValueError("judging belongs to reward: judge; leave it out")
-        if self.partial_reward and "verifier" not in self.reward:
-            raise ValueError("partial_reward belongs to reward: verifier; leave it out")
-        return self
+    separator: Annotated[str, Field(min_length=1)] = Field(
+        "\n", description="text behind each step; its last token is where the step is scored"
+    )
+    last_step_only: bool = Field(False, description="learn from the label of the last step alone (an outcome model)")
+    holdout_share: BelowOne = Field(
+        0.1, description="share of prompts that is not trained on but reported on; 0 = none"
+    )
+    head_spread: NotNegative | None = Field(
+        None, description="deviation of a fresh head's weights; default 1 / sqrt(width + 1), 0 = all steps begin at 1/2"
+    )
 
 
 class RolloutSettings(TrainSettings, RewardSettings):
@@ -392,6 +364,9 @@ class RolloutSettings(TrainSettings, RewardSettings):
     top_k: Number = 0
     max_new_tokens: Count = 64
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    importance_cap: Positive | None = Field(
+        None, description="weight what the generator drew by min(p_trainer / p_generator, this); none = as it is"
+    )
     kl_groups: Number = Field(
         4,
         description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",

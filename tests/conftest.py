@@ -42,9 +42,11 @@ from polm.recipe import (
     OptimizerSettings,
     PairsSettings,
     PretrainSettings,
+    RewardModelSettings,
     SFTSettings,
     TokenizerSettings,
 )
+from polm.recipe_rl import PPOSettings, ReinforcePPSettings, ReMaxSettings, RLOOSettings
 from polm.rewards import sources
 from polm.rewards.verify import Verdict, VerifyItem
 from polm.stages import pairs
@@ -60,6 +62,7 @@ SHAPE = ModelShape(
 )
 MUON = OptimizerSettings(kind="muon", learning_rate=0.02, embedding_learning_rate=0.01)
 LENGTH: dict[str, Any] = {"bin_tokens": 192, "precision": "fp32", "optimizer": MUON}
+ROLLOUTS: dict[str, Any] = {**LENGTH, "prompts_per_rollout": 4, "samples": 4, "max_new_tokens": 8}
 MIDTRAIN: dict[str, Any] = {**LENGTH, "updates": 6, "bins_per_update": 2}
 
 Spec = tuple[str, Settings, Mapping[str, str]]
@@ -81,10 +84,40 @@ ARTIFACTS: dict[str, Spec] = {
         {"base": "sft", "data": "data"},
     ),
     "dpo": ("dpo", DPOSettings(**LENGTH, epochs=6), {"base": "sft", "data": "pairs"}),
+    "reward_model": (
+        "reward_model",
+        RewardModelSettings(**LENGTH, epochs=12, bins_per_update=2, center_coefficient=0.01, holdout_share=0.3),
+        {"base": "sft", "data": "pairs"},
+    ),
     "grpo": (
         "grpo",
         GRPOSettings(
             **LENGTH, updates=4, updates_per_rollout=2, prompts_per_rollout=4, samples=4, max_new_tokens=8, kl_beta=0.01
+        ),
+        {"base": "dpo", "data": "data"},
+    ),
+    "rloo": (
+        "rloo",
+        RLOOSettings(**ROLLOUTS, updates=4, updates_per_rollout=2, kl_beta=0.05),
+        {"base": "dpo", "data": "data"},
+    ),
+    "reinforce_pp": (
+        "reinforce_pp",
+        ReinforcePPSettings(**ROLLOUTS, updates=2, kl_beta=0.05, baseline="group", importance_cap=2.0),
+        {"base": "dpo", "data": "data"},
+    ),
+    "remax": ("remax", ReMaxSettings(**ROLLOUTS, updates=2), {"base": "dpo", "data": "data"}),
+    "ppo": (
+        "ppo",
+        PPOSettings(
+            **ROLLOUTS,
+            updates=8,
+            epochs_per_rollout=2,
+            minibatches=2,
+            kl_target=0.5,
+            kl_horizon=32,
+            whiten_rewards=True,
+            critic_optimizer=OptimizerSettings(learning_rate=0.01),
         ),
         {"base": "dpo", "data": "data"},
     ),
@@ -274,3 +307,14 @@ def other_model(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer = train_tokenizer(texts, kind="word", vocab_size=200)
     save_model(build_tiny_model(len(tokenizer)), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def step_rows() -> list[dict[str, Any]]:
+    """Answers in two or three steps, whose label says whether a step is right."""
+    rows = []
+    for i in range(24):
+        good = [i % 3 != 0, i % 2 == 0, i % 5 != 0][: 2 + i % 2]
+        steps = [f"{n} + {i} = {n + i + (not right)}" for n, right in enumerate(good)]
+        rows.append({"prompt": f"add {i} and {i % 4} .", "completions": steps, "labels": good})
+    return rows

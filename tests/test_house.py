@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_judge, recipe_rounds
+from polm import recipe, recipe_judge, recipe_rewards, recipe_rl, recipe_rounds
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings
+from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
 from polm.flywheel.kinds import build_any_graph
@@ -37,7 +38,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_judge", "recipe_rounds"},
+    {"tokens", "errors", "config", "recipe", "recipe_rewards", "recipe_rl", "recipe_judge", "recipe_rounds"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -59,9 +60,13 @@ HANDED_ON = {
 }
 
 SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
+# Stages that learn from rollouts, beside grpo, and the classes that their settings share.
+RL = ("rloo", "reinforce_pp", "remax", "ppo")
+ROLLOUT_SETTINGS = ("GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py", "recipe_judge.py", "recipe_rounds.py"}
+RECIPES = (recipe, recipe_rewards, recipe_rl, recipe_judge, recipe_rounds)
+BOOKKEEPERS = {f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES} | {"config.py"}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -71,11 +76,8 @@ READ_ELSEWHERE = {
     "FilesData.media": "data stage, with records that refer to images",
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
-    "GRPOSettings.epochs": "grpo stage, without updates",
-    **{
-        f"{kind}.batch_limit": "with reward: function" for kind in ("RewardSettings", "RolloutSettings", "GRPOSettings")
-    },
-    "RolloutSettings.epochs": "grpo stage, without updates",
+    **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
+    **{f"{kind}Settings.batch_limit": "rewards, with reward: function" for kind in ("Reward", *ROLLOUT_SETTINGS)},
     "Recipe.workers": "the command line",
     "SelfRewardingRecipe.workers": "the command line",
     "SelfRewardingRecipe.kind": "told before the recipe is read (flywheel/kinds.py)",
@@ -139,7 +141,7 @@ def test_every_room_has_its_place() -> None:
 def settings_classes() -> dict[str, type[Settings]]:
     return {
         name: value
-        for module in (recipe, recipe_judge, recipe_rounds)
+        for module in RECIPES
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
@@ -169,7 +171,9 @@ def test_every_setting_has_a_reader() -> None:
     assert dead == set()
 
 
-def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any) -> None:
+def test_every_setting_is_read_when_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any, step_rows: Any
+) -> None:
     """The same, but of the right section: `samples` of pairs is not read by reading `samples` of eval."""
     read: set[str] = set()
 
@@ -181,7 +185,7 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
+    for name in ("eval", "reward_model", "remit", "shuffled", "rho1", "distill", "plausible", "microscope", *RL):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
@@ -201,6 +205,10 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
         {},
         tmp_path / "folder",
     )
+    write_jsonl(tmp_path / "stepwise.jsonl", step_rows)
+    steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
+    inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
+    workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
     texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
     files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
@@ -270,7 +278,13 @@ def test_a_stage_has_one_name(name: str) -> None:
 
 
 def test_there_is_no_stage_beside_the_table() -> None:
-    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "common", "rollouts", "table"}
+    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {
+        "__init__",
+        "common",
+        "rollout_source",
+        "rollouts",
+        "table",
+    }
     assert files == set(STAGES)
     assert set(STAGE_HELP) == set(STAGES)
 

@@ -335,7 +335,13 @@ STAGE_HELP = {
     "judge": "an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
     "constitution": "answers criticised and revised by written principles (Constitutional AI)",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
+    "reward_model": "a reward model from preference pairs",
+    "process_reward_model": "a process reward model from labelled steps",
     "grpo": "reinforcement learning with verifiable rewards",
+    "rloo": "reinforcement learning with a leave-one-out baseline",
+    "reinforce_pp": "reinforcement learning by REINFORCE++",
+    "remax": "reinforcement learning with the greedy answer as the baseline",
+    "ppo": "reinforcement learning by PPO, with a critic",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

@@ -50,7 +50,7 @@ def build_document_trees(
         document = Document(given) if isinstance(given, str) else given
         ids = encode_document(tokenizer, document.text)
         weights = weigh_document(tokenizer, document, ids, f"document {number}")
-        _count_read(tokenizer, ids, ledger)
+        count_read(tokenizer, ids, ledger)
         trees.extend(cut_document(ids, context, too_long, f"document {number}", ledger, weights))
     return finish(trees, ledger)
 
@@ -172,7 +172,7 @@ def build_conversation_trees(
             weights = weigh_conversation(tokenizer, conversation, rendered)
         except UserError as error:
             raise type(error)(f"conversation {number}: {error}") from error
-        _count_read(tokenizer, rendered.token_ids, ledger)
+        count_read(tokenizer, rendered.token_ids, ledger)
         ids = fit_context(rendered.token_ids, context, too_long, f"conversation {number}", ledger)
         if ids is None:
             continue
@@ -191,20 +191,51 @@ def build_preference_trees(
     context: int,
     too_long: Policy,
     ledger: Ledger,
+    supervise: Literal["all", "end"] = "all",
 ) -> list[Tree]:
-    """A prompt with two children for each pair: chosen (mark sign = 1) and rejected (sign = -1)."""
+    """A prompt with two children for each pair: chosen (mark sign = 1) and rejected (sign = -1).
+
+    supervise   "all": each token of an answer is a target. "end": the token at which a reward model is read, its last
+                (of those that are not padding). The margin of a pair is the mark `margin` of its chosen child.
+    """
     trees: list[Tree] = []
     for number, pair in enumerate(preferences):
         prompt, answers = encode_answers(tokenizer, pair.prompt, (pair.chosen, pair.rejected), f"pair {number}")
-        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        if pair.margin:
+            ledger["margins"] += 1
         kept = fit_answers(prompt, answers, context, too_long, f"pair {number}", ledger)
-        if kept is not None and np.array_equal(kept[0], kept[1]):  # equal answers say nothing
+        if kept is not None and supervise == "end":
+            kept, whole = [cut_padding(tokenizer, ids) for ids in kept], kept
+            ledger["tokens_lost"] += sum(map(len, whole)) - sum(map(len, kept))
+        if kept is None:
+            continue
+        reason = "equal" if np.array_equal(kept[0], kept[1]) else "empty" if not all(map(len, kept)) else None
+        if reason is not None:  # equal answers say nothing, and an empty one has no token to be judged at
             ledger["dropped"] += 1
-            ledger["dropped_equal"] += 1
+            ledger[f"dropped_{reason}"] += 1
             ledger["tokens_lost"] += len(prompt) + sum(len(a) for a in kept)
-        elif kept is not None:
-            trees.append(build_completions(prompt, kept, marks=[{"sign": 1.0}, {"sign": -1.0}]))
+            continue
+        streams = [{"weights": weigh_end(ids)} for ids in kept] if supervise == "end" else None
+        margin = {"margin": pair.margin} if pair.margin else {}
+        trees.append(build_completions(prompt, kept, streams, marks=[{"sign": 1.0, **margin}, {"sign": -1.0}]))
     return finish(trees, ledger)
+
+
+def weigh_end(ids: Array) -> Array:
+    """Weights [T] that make the last token the only target: where a reward model's score of an answer is read."""
+    weights = np.zeros(len(ids), dtype=np.float32)
+    weights[-1:] = 1.0
+    return weights
+
+
+def cut_padding(tokenizer: PreTrainedTokenizerFast, ids: Array) -> Array:
+    """`ids` without padding tokens at the end, which a sequence classifier skips.
+
+    Tokenizers whose end-of-text token is the padding token end an answer with one.
+    """
+    places = np.flatnonzero(ids != tokenizer.pad_token_id)
+    return ids[: places[-1] + 1] if len(places) else ids[:0]
 
 
 def build_feedback_trees(
@@ -223,7 +254,7 @@ def build_feedback_trees(
     signs: Counter[float] = Counter()
     for number, record in enumerate(feedback):
         prompt, answers = encode_answers(tokenizer, record.prompt, (record.completion,), f"record {number}")
-        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
         kept = fit_answers(prompt, answers, context, too_long, f"record {number}", ledger)
         if kept is not None:
             sign = 1.0 if record.label else -1.0
@@ -304,7 +335,7 @@ def fit_answers(
     return [a for a in fitted if a is not None]
 
 
-def _count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:
+def count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:
     """Enter an example as it was read, with the tokens that stand for text which the tokenizer cannot spell."""
     ledger["read"] += 1
     ledger["tokens_read"] += len(ids)

@@ -69,6 +69,21 @@ def read_weight(place: str, row: Mapping[str, Any], column: str = "weight") -> f
     return float(value)
 
 
+def read_margin(place: str, row: Mapping[str, Any]) -> float:
+    """The optional `margin` of a pair: a number of at least 0; 0 where it is absent."""
+    value: Any = row.get("margin")
+    if value is None or value == "":
+        return 0.0
+    if isinstance(value, str):
+        value = parse_json(value, f"{place}: margin")
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise DataError(
+            f"{place}: margin must be a number of at least 0 (how much better chosen is), found {value!r:.40}; swap "
+            "the answers of a pair whose margin is below 0, or remove a column of that name that means something else"
+        )
+    return float(value)
+
+
 def read_weights(place: str, values: object, what: str) -> tuple[float, ...]:
     """A list of numbers of at least 0."""
     if isinstance(values, str):
@@ -182,7 +197,10 @@ def _finish_conversation(place: str, row: Row, given: list[Any], column: str) ->
 
 
 def build_preference(place: str, row: Row) -> Preference:
-    """A pair with an explicit prompt (a string, messages, or Alpaca's columns), or with what both have in common."""
+    """A pair with an explicit prompt (a string, messages, or Alpaca's columns), or with what both have in common.
+
+    A column `margin` says how much better the chosen answer is.
+    """
     refuse_unsupported(place, row)
     require_columns(place, row, ["chosen", "rejected"], PREFERENCE_FORMATS)
     begin = build_prompt_messages(place, row)
@@ -203,7 +221,8 @@ def build_preference(place: str, row: Row) -> Preference:
         replies.append(reply[0]["content"])
     if not begin:
         raise DataError(f"{place}: chosen and rejected have no common beginning, so there is no prompt")
-    return Preference(begin, *replies)
+    chosen, rejected = replies
+    return Preference(begin, chosen, rejected, read_margin(place, row))
 
 
 def build_feedback(place: str, row: Row) -> Feedback:

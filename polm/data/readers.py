@@ -178,6 +178,19 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return num_rows
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value, whole or not at all; DataError for NaN and the like, StoreError where it cannot write."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except ValueError as error:
+        raise DataError(f"{path} cannot be written as JSON: {error}") from error
+    except OSError as error:
+        _remove_quietly(temporary)
+        raise _describe_write_error(error, path) from error
+
+
 def _remove_quietly(path: Path) -> None:
     """Removes a temporary file; the error that led here matters more than one while removing."""
     with contextlib.suppress(OSError):

@@ -49,11 +49,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """One comparison: the messages so far, the preferred reply and the other one."""
+    """One comparison: the messages so far, the preferred reply and the other one.
+
+    `margin` says how much better the preferred one is, at least 0 (0 = not said); reward models read it.
+    """
 
     prompt: list[Message]
     chosen: str
     rejected: str
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ def build_row(record: Record) -> Row:
         case Conversation():
             return _build_conversation_row(record)
         case Preference():
-            return {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+            row = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+            return {**row, "margin": record.margin} if record.margin else row
         case Feedback():
             return {"prompt": record.prompt, "completion": record.completion, "label": record.label}
         case Stepwise():

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from polm.engine.optimizer import load_optimizer_tensors, optimizer_tensors
 from polm.errors import StoreError
@@ -32,7 +32,7 @@ class Progress:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
-def save_checkpoint(workdir: Path, model: PreTrainedModel, optimizers: Sequence[Optimizer], progress: Progress) -> None:
+def save_checkpoint(workdir: Path, model: nn.Module, optimizers: Sequence[Optimizer], progress: Progress) -> None:
     """Write weights, optimizer state and progress; a kill at any moment leaves this checkpoint or the last one."""
     final = workdir / f"{PREFIX}{progress.update:08d}"
     temporary = workdir / f".{final.name}.tmp"
@@ -63,7 +63,7 @@ def list_checkpoints(workdir: Path) -> list[Path]:
     return sorted(p for p in workdir.glob(f"{PREFIX}*") if (p / "progress.json").is_file())
 
 
-def restore_checkpoint(workdir: Path, model: PreTrainedModel, optimizers: Sequence[Optimizer]) -> Progress:
+def restore_checkpoint(workdir: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> Progress:
     """Load the newest checkpoint into model and optimizers; a fresh `Progress` where there is none."""
     found = list_checkpoints(workdir)
     if not found:

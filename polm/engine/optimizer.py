@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from polm.engine.muon import Muon
 from polm.errors import ModelError
+from polm.models.heads import find_scalar_head
 from polm.recipe import OptimizerSettings
 
 
@@ -62,7 +63,8 @@ def split_parameters(
         raise ModelError("the model has no trainable parameter")
     if settings.kind == "adamw":
         return [], trainable
-    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    layers = (model.get_input_embeddings(), model.get_output_embeddings(), find_scalar_head(model))
+    tables = {id(layer.weight) for layer in layers if layer is not None}
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in tables]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in trainable if id(p) not in chosen]

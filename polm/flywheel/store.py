@@ -30,7 +30,8 @@ from polm.config import Settings, semantic_values
 from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerprint_values, list_files
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
-from polm.recipe import DataStage, FilesData, FolderData, RewardSettings, WordProblemsData
+from polm.recipe import DataStage, FilesData, FolderData, WordProblemsData
+from polm.recipe_rewards import RewardSettings
 from polm.stages.common import Context, Stage, StageResult
 
 MANIFEST = "manifest.json"

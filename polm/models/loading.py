@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,23 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
         model, report = AutoModelForCausalLM.from_pretrained(**locate(name), dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
-    if report["missing_keys"]:  # transformers would go on with random numbers in their place
-        missing = sorted(report["missing_keys"])
+    if any(key.startswith(("score.", "classifier.")) for key in report["unexpected_keys"]):
+        raise ModelError(
+            f"the model {name} is a reward model or another classifier, and a causal language model is needed here; "
+            "give the model that it was made from"
+        )
+    require_all_weights(report["missing_keys"], name)
+    return prepare_model(model.to(device), name)
+
+
+def require_all_weights(missing_keys: Iterable[str], name: str) -> None:
+    """ModelError for weights that a checkpoint lacks: transformers would go on with random numbers in their place."""
+    missing = sorted(missing_keys)
+    if missing:
         raise ModelError(
             f"the model {name} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …): its weight files and "
             "its config.json do not belong together, or a file is missing; copy or download it again"
         )
-    return prepare_model(model.to(device), name)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -146,17 +157,41 @@ def first_line(error: BaseException) -> str:
 
 
 def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Switch a model to the forest attention and check that it computes the same numbers."""
+    """Switch a causal language model to the forest attention and check that it computes the same numbers."""
+    return switch_to_forest(
+        model,
+        name,
+        own=lambda ids: torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].float(), -1),
+        read=lambda hidden: torch.log_softmax(output_logits(model, hidden), -1),
+        what="log-probabilities",
+        kind="a causal language model",
+    )
+
+
+Compute = Callable[[torch.Tensor], torch.Tensor]
+
+
+def switch_to_forest(
+    model: PreTrainedModel, name: str, *, own: Compute, read: Compute, what: str, kind: str
+) -> PreTrainedModel:
+    """Switch any decoder to the forest attention, and hold what it computes there against its own forward pass.
+
+    own    token ids [T] -> numbers [T, ...] of the model's own forward
+    read   hidden states [T, width] of the forest -> the same numbers
+    what   names the numbers and `kind` the model, for errors
+
+    Raises ModelError where they differ, are not finite, or cannot be computed.
+    """
     _refuse_shared_frequencies(model, name)
     check_ids = _check_ids(model)
     model.eval()
     with torch.no_grad():
         try:
-            expected = model(input_ids=check_ids[None], use_cache=False).logits[0].float()
+            expected = own(check_ids)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"{name} does not run as a causal language model: {first_line(error)}") from error
+            raise ModelError(f"{name} does not run as {kind}: {first_line(error)}") from error
     if not torch.isfinite(expected).all():
-        raise ModelError(f"{name} gives logits that are not finite: its weights are damaged; copy or download it again")
+        raise ModelError(f"{name} gives {what} that are not finite: its weights are damaged; copy or download it again")
     if not hasattr(model.config.get_text_config(), "num_attention_heads"):
         raise ModelError(f"{name} ({model.config.model_type}) has layers without attention. {PLAIN_DECODER}")
     try:
@@ -168,7 +203,7 @@ def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
             module.attention_dropout = 0.0
         if isinstance(inner := getattr(module, "attn_dropout", None), nn.Dropout):
             inner.p = 0.0
-    _check_forest(model, check_ids, expected, name)
+    _check_forest(model, check_ids, expected, read, name, what)
     return model.train()
 
 
@@ -184,30 +219,34 @@ def _refuse_shared_frequencies(model: PreTrainedModel, name: str) -> None:
 
 
 def _check_ids(model: PreTrainedModel) -> torch.Tensor:
+    """Twelve token ids, none of them the padding token, which a classifier would leave out."""
     size = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, size, (12,), generator=generator).to(model.device)
+    ids = torch.randint(0, size, (12,), generator=generator)
+    pad = model.config.get_text_config().pad_token_id
+    return (ids if pad is None else torch.where(ids == pad, (ids + 1) % size, ids)).to(model.device)
 
 
-def _check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.Tensor, name: str) -> None:
+def _check_forest(
+    model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor, read: Compute, name: str, what: str
+) -> None:
     """A stranger, then a prompt and its continuation as a child: the second tree must see only itself."""
     numbers = ids.cpu().numpy()
     batch = collate([build_document(numbers[::-1].copy()), build_completions(numbers[:5], [numbers[5:]])])
     with torch.no_grad():
         try:
-            hidden = compute_hidden(model, batch.to(model.device))[len(numbers) :]
-            logits = output_logits(model, hidden)
+            found = read(compute_hidden(model, batch.to(model.device))[len(numbers) :])
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             kind = model.config.model_type
             raise ModelError(f"{name} ({kind}) does not run as a token forest: {error}. {PLAIN_DECODER}") from error
-    gap = float((torch.log_softmax(logits, -1) - torch.log_softmax(expected_TV, -1)).abs().max())
+    gap = float((found - expected).abs().max())
     low_precision = next(model.parameters()).dtype != torch.float32
     if not gap <= (0.2 if low_precision else CHECK_TOLERANCE):
         raise ModelError(
-            f"{name} ({model.config.model_type}) gives other log-probabilities as a token forest than on its own "
-            f"(largest difference {gap:.2g}): it carries state along the stream, or treats its logits in a way that "
+            f"{name} ({model.config.model_type}) gives other {what} as a token forest than on its own "
+            f"(largest difference {gap:.2g}): it carries state along the stream, or treats its outputs in a way that "
             f"polm does not reproduce. {PLAIN_DECODER}"
         )
 

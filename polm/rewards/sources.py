@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from polm.data.benchmarks import parse_plain_number
 from polm.errors import UserError
-from polm.recipe import RewardSettings
+from polm.recipe_rewards import RewardSettings
 from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem, RewardStatus
 from polm.rewards.function import build_function_rewarder
 from polm.rewards.verify import Verdict, VerifyItem, verify_many

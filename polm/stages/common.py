@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,14 @@ from polm.config import Settings
 from polm.data.examples import Ledger, attach_streams
 from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, pack_trees
+from polm.data.readers import write_json
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import pick_device, set_threads, use_bf16
-from polm.engine.fit import BatchSource, fit
+from polm.engine.fit import BatchSource, Part, fit
 from polm.errors import DataError, ModelError, StoreError, UserError
+from polm.models.actor_critic import ActorCritic
+from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
 from polm.models.loading import model_folder as model_folder
 from polm.recipe import PackedSettings, TrainSettings
@@ -100,6 +103,28 @@ def load_base(source: str) -> Base:
     return base
 
 
+def load_scalar_base(source: str, layout: Layout, *, num_labels: int, spread: float | None, seed: int) -> Base:
+    """A classifier to train: a fresh head (see `build_scalar_model`) on a language model, or one that is there already.
+
+    Its padding token is the tokenizer's (the end-of-text token where it has none), as plain `transformers` needs it.
+    """
+    name = model_folder(source)
+    found = read_layout(name)
+    if found is None:
+        base = load_base(source)
+        model = build_scalar_model(base.model, layout, num_labels=num_labels, spread=spread, seed=seed)
+        base = replace(base, model=model)
+    elif found == layout:
+        model = load_scalar_model(name, num_labels=num_labels, device=pick_device())
+        base = Base(model, load_tokenizer(name), name)
+    else:
+        raise ModelError(f"{name} is a {found} classifier, and a {layout} classifier is needed here")
+    if base.tokenizer.pad_token_id is None:
+        base.tokenizer.pad_token = base.tokenizer.eos_token
+    base.model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    return base
+
+
 def input_file(context: Context, role: str, name: str) -> Path:
     """A file of an input folder; the input may also be that file itself."""
     given = Path(context.inputs[role])
@@ -120,12 +145,24 @@ def train(
     *,
     temperature: float = 1.0,
     more: Mapping[str, Any] | None = None,
+    pair: ActorCritic | None = None,
+    parts: Sequence[Part] = (),
 ) -> StageResult:
-    """Fit, save an ordinary checkpoint to `model/`, and sum up."""
+    """Fit, save an ordinary checkpoint to `model/`, and sum up. With `pair`, of which `base` is the policy, the critic
+    is trained too, and goes to `critic/`."""
     result = fit(
-        base.model, source, objective, settings, context.workdir, temperature=temperature, report=context.report
+        pair or base.model,
+        source,
+        objective,
+        settings,
+        context.workdir,
+        temperature=temperature,
+        report=context.report,
+        parts=parts,
     )
     save_model(base.model, base.tokenizer, context.workdir / "model")
+    if pair is not None:
+        save_model(pair.critic, base.tokenizer, context.workdir / "critic")
     remove_checkpoints(context.workdir)
     numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}
     summary = {
@@ -262,9 +299,7 @@ def save_annotation(folder: Path, annotation: Annotation, fingerprint: Mapping[s
     if annotation.top_ids is not None and annotation.top_logprobs is not None:
         arrays |= {"top_ids": annotation.top_ids.astype(np.int32), "top_logprobs": annotation.top_logprobs}
     save_file(arrays, folder / "scores.safetensors")
-    temporary = folder / ".fingerprint.json.tmp"
-    temporary.write_text(json.dumps(fingerprint, indent=2) + "\n")
-    temporary.replace(folder / "fingerprint.json")
+    write_json(folder / "fingerprint.json", fingerprint)
 
 
 def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], top_k: int) -> Annotation:
@@ -306,6 +341,11 @@ def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation
 
 def new_ledger() -> Ledger:
     return Counter()
+
+
+def add_ledger(ledger: Ledger, other: Ledger, prefix: str) -> None:
+    """Enter the counts of a part of the data that is kept apart, as `PREFIX_NAME`."""
+    ledger.update({f"{prefix}_{name}": count for name, count in other.items()})
 
 
 def free_memory() -> None:

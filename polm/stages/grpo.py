@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from polm.objectives.policy_gradient import build_policy_gradient
 from polm.recipe import GRPOSettings
 from polm.rollout.generate import Completion
 from polm.signals.advantages import compute_group_advantages
-from polm.stages.common import Context, Stage, StageResult, load_base, new_ledger, start_stage, train
-from polm.stages.rollouts import (
-    REWARD_INPUTS,
-    Credit,
-    Judged,
-    Rollout,
-    RolloutSource,
-    RolloutTokens,
-    build_sampler,
-    collect_rewards,
-    load_reference,
-    load_start,
-)
+from polm.stages.common import Context, Stage, StageResult
+from polm.stages.rollout_source import Credit, RolloutTokens, train_on_rollouts
+from polm.stages.rollouts import REWARD_INPUTS, Judged, Rollout, collect_rewards
 from polm.tokens import Array
 
 
@@ -48,26 +38,15 @@ def compute_advantages(
     return advantages
 
 
+def assign(settings: GRPOSettings, rollout: Rollout, tokens: RolloutTokens, _greedy: object) -> Credit:
+    """Every token of an answer has the answer's advantage."""
+    num_groups = len(rollout.prompts)
+    advantages = compute_advantages(rollout.completions, rollout.rewards, num_groups, settings.advantage_scale)
+    return Credit({"advantages": torch.from_numpy(advantages)[tokens.completions_N]}, advantages)
+
+
 def run(settings: GRPOSettings, context: Context) -> StageResult:
     """Train `base` on prompts.jsonl."""
-    start_stage(settings, context)
-    base = load_base(context.inputs["base"])
-    ledger = new_ledger()
-
-    def assign(rollout: Rollout, tokens: RolloutTokens, model: PreTrainedModel) -> Credit:
-        del model
-        advantages = compute_advantages(
-            rollout.completions, rollout.rewards, len(rollout.prompts), settings.advantage_scale
-        )
-        return Credit({"advantages": torch.from_numpy(advantages)[tokens.completions_N]}, advantages)
-
-    source = RolloutSource(
-        sampler=build_sampler(settings, context, base, ledger, settings.updates_per_rollout),
-        assign=assign,
-        minibatches=settings.updates_per_rollout,
-        reference=load_reference(settings, context, base),
-        start=load_start(settings, context),
-    )
     objective = build_policy_gradient(
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
@@ -75,8 +54,9 @@ def run(settings: GRPOSettings, context: Context) -> StageResult:
         normalize=settings.normalize,
         max_completion_tokens=settings.max_new_tokens,
         log_entropy=True,
+        importance_cap=settings.importance_cap,
     )
-    return train(context, base, source, objective, settings, ledger, temperature=settings.temperature)
+    return train_on_rollouts(settings, context, partial(assign, settings), objective, settings.updates_per_rollout)
 
 
 STAGE = Stage(

@@ -1,16 +1,15 @@
 """Learning from one's own samples: what every such stage shares.
 
-`Sampler` draws answers, has them judged, counts them and keeps some for people to read; it knows nothing of advantages.
-`RolloutSource` is the batch source of the policy-gradient stages: it packs a rollout, scores it under the models that
-the stage needs, and hands the tokens to the stage's `assign`, which gives each its advantage.
+`Sampler` draws answers, has them judged, counts them and keeps some for people to read. It knows nothing of advantages:
+`rollout_source` is built on it for policy gradients.
 
-Shape suffixes: R completions of a rollout, N target tokens.
+Shape suffix: R completions of a rollout.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,28 +20,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.data.examples import Ledger
-from polm.data.packing import epoch_order, mix_seed, pack_best_fit
+from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import Prompt, read_prompts
 from polm.engine.checkpoint import list_checkpoints
-from polm.engine.device import sample_in_bf16, use_bf16
-from polm.engine.fit import COUNT, MetricsLog
-from polm.engine.score import score
-from polm.errors import DataError, UserError
+from polm.engine.device import pick_device, sample_in_bf16, use_bf16
+from polm.engine.fit import MetricsLog
+from polm.errors import DataError, RecipeError
+from polm.models.heads import read_layout
 from polm.models.loading import count_parameters
 from polm.recipe import RolloutSettings
 from polm.recipe_judge import BESIDE
 from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem
 from polm.rewards.judge import build_judge_rewarder
 from polm.rewards.open_backend import open_backend
+from polm.rewards.reward_model import load_process_reward_model, load_reward_model
 from polm.rewards.sources import build_rewarder
 from polm.rollout.generate import Completion, SamplingParams, generate
-from polm.signals.kl import compute_kl_k3
-from polm.stages.common import Base, Context, input_file, load_base
+from polm.stages.common import Base, Context, input_file, model_folder
 from polm.text.chat import render_prompt, stop_token_ids
-from polm.text.tokenizer import require_same_tokenizer
-from polm.tokens import Array, Step, TokenBatch, Tree, build_completions, collate, tree_length
+from polm.tokens import Array, Tree, build_completions
 
-REWARD_INPUTS = ("judge",)  # optional inputs of every stage that learns from rewards
+REWARD_INPUTS = ("reward_model", "judge")  # optional inputs of every stage that learns from rewards
 EDGE_GROUPS = 4  # groups of the first and of the last rollout that samples.jsonl keeps
 NOTED_PROBLEMS = 20  # unjudged answers of a rollout that problems.jsonl keeps
 
@@ -61,7 +59,8 @@ class Judged(Protocol):
 class Rollout:
     """The samples of a rollout with what they earned, in the order of (prompt, sample).
 
-    `prompts` and `encoded` are the rollout's own; `completions[i].prompt_index` points into them.
+    `prompts` and `encoded` are the rollout's own; `completions[i].prompt_index` points into them. `update` is the first
+    update that learns from it.
     """
 
     update: int
@@ -171,7 +170,7 @@ def build_sampler(
         prompts=prompts,
         encoded=encoded,
         settings=settings,
-        rewarder=build_rewarder(settings, load_rewarders(settings, context)),
+        rewarder=load_rewarder(settings, context, base),
         num_updates=num_updates,
         updates_per_rollout=updates_per_rollout,
         workdir=context.workdir,
@@ -181,13 +180,35 @@ def build_sampler(
     return sampler
 
 
-def load_rewarders(settings: RolloutSettings, context: Context) -> dict[str, Rewarder]:
-    """The sources of rewards that are models. A server's replies are kept beside the artifact: a killed run goes on to
-    the same bits, and asks nothing twice. A local judge says the same again."""
+def load_rewarder(settings: RolloutSettings, context: Context, base: Base) -> Rewarder:
+    """What judges the answers; `reward: model` reads the input `reward_model`, a reward model or one of steps.
+
+    RecipeError where the setting and the input do not go together.
+    """
+    judges = load_judges(settings, context)
+    given = context.inputs.get("reward_model")
+    if ("model" in settings.reward) != (given is not None):
+        raise RecipeError(
+            f"reward is {', '.join(settings.reward)} and the input reward_model is {given or 'not given'}: "
+            "`reward: model` and reward_model=FOLDER go together"
+        )
+    if given is None:
+        return build_rewarder(settings, judges)
+    name = model_folder(given)
+    device = pick_device()
+    more: dict[str, Any] = {"device": device, "bf16": use_bf16(settings.precision, device)}
+    if read_layout(name) == "token":
+        return build_rewarder(settings, {**judges, "model": load_process_reward_model(name, **more)})
+    return build_rewarder(settings, {**judges, "model": load_reward_model(name, base.tokenizer, **more)})
+
+
+def load_judges(settings: RolloutSettings, context: Context) -> dict[str, Rewarder]:
+    """The judge of `reward: judge`, a server or the input `judge`. A server's replies are kept beside the artifact: a
+    killed run goes on to the same bits, and asks nothing twice. A local judge says the same again."""
     source = context.inputs.get("judge")
     if settings.judging is None:
         if source is not None:
-            raise UserError(f"judge={source} is given, and reward {list(settings.reward)} has no judge; leave it out")
+            raise RecipeError(f"judge={source} is given, and reward {list(settings.reward)} has no judge; leave it out")
         return {}
     backend = open_backend(
         settings.judging.endpoint,
@@ -289,173 +310,10 @@ def build_rollout_trees(
     return trees
 
 
-# ---- the source of the policy-gradient stages ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RolloutTokens:
-    """The target tokens of a rollout in one row; those of a completion stand side by side, in order.
-
-    completions_N       int64, index of the completion in the rollout
-    sampler_logprobs_N  float32, log p of the generator that drew it
-    old_logprobs_N      the same of the trainer, before the first update; None where nobody asked
-    ref_logprobs_N      of the reference; None where there is none
-    values_N            of the critic, of the text before the token; None where there is none
-    """
-
-    completions_N: Tensor
-    sampler_logprobs_N: Tensor
-    old_logprobs_N: Tensor | None = None
-    ref_logprobs_N: Tensor | None = None
-    values_N: Tensor | None = None
-
-    @property
-    def policy_logprobs_N(self) -> Tensor:
-        """log p of the policy that drew the tokens: the trainer's where it was scored, else the generator's."""
-        return self.sampler_logprobs_N if self.old_logprobs_N is None else self.old_logprobs_N
-
-
-@dataclass(frozen=True)
-class Credit:
-    """What an `assign` gives: streams [N], of which one is `advantages`; a number a completion [R] for samples.jsonl;
-    and metrics of the rollout."""
-
-    streams_N: Mapping[str, Tensor]
-    advantages_R: Array
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-
-
-Assign = Callable[[Rollout, RolloutTokens, PreTrainedModel], Credit]
-Scorer = Callable[[PreTrainedModel, TokenBatch], Tensor]  # values [N] of a batch under the model that is trained
-
-
-@dataclass
-class RolloutSource:
-    """Batches made by sampling from the model as it stands. Update u is a pure function of (seed, u, weights),
-    given that a run only restarts at the first update of a rollout.
-
-    The groups of a rollout are dealt to `minibatches` parts, each an update; `epochs` times through all of them.
-    """
-
-    sampler: Sampler
-    assign: Assign
-    minibatches: int
-    reference: PreTrainedModel | None = None
-    start: PreTrainedModel | None = None  # where the distance from the starting model is only measured
-    epochs: int = 1
-    score_values: Scorer | None = None
-    _minibatches: list[list[TokenBatch]] = field(default_factory=list)
-    _metrics: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_updates(self) -> int:
-        return self.sampler.num_updates
-
-    @property
-    def updates_per_rollout(self) -> int:
-        return self.minibatches * self.epochs
-
-    def resumable(self, update: int) -> bool:
-        return update % self.updates_per_rollout == 0
-
-    def step(self, update: int, model: PreTrainedModel) -> Step:
-        rollout, place = divmod(update, self.updates_per_rollout)
-        if place == 0:
-            self._roll(rollout, model)
-        once = place == 0  # what a rollout measured stands beside each of its updates; its counts are added up once
-        metrics = {k: v for k, v in self._metrics.items() if once or not k.startswith(COUNT)}
-        return Step(self._minibatches[place % self.minibatches], metrics)
-
-    def _roll(self, number: int, model: PreTrainedModel) -> None:
-        rollout = self.sampler.roll(number, model)
-        self._metrics = dict(summarise(rollout.completions, rollout.rewards))
-        trees = build_rollout_trees(rollout.encoded, rollout.completions, rollout.rewards)
-        if self.start is not None:
-            self._metrics["rl/kl_start"] = self._measure_kl(trees[: self.sampler.settings.kl_groups], self.start)
-        parts = np.array_split(np.arange(len(trees)), self.minibatches)
-        packed = [self._pack([trees[i] for i in part], model) for part in parts]
-        credit = self.assign(rollout, collect_tokens(packed), model)
-        self._metrics |= credit.metrics
-        self._minibatches = spread_streams(packed, credit.streams_N)
-        self.sampler.log(rollout, {"advantage": credit.advantages_R})
-
-    def _pack(self, trees: Sequence[Tree], model: PreTrainedModel) -> list[TokenBatch]:
-        """Micro-batches of at most `bin_tokens`, with the scores that the stage and its objective will read."""
-        if not trees:  # a part of the rollout whose samples were all left out
-            return []
-        lengths = [tree_length(tree) for tree in trees]
-        capacity = max(self.sampler.settings.bin_tokens, max(lengths))
-        batches = [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
-        if self.updates_per_rollout > 1:  # with one update, the loss's own scores are those before it
-            batches = [self._with_scores(batch, model, "old_logprobs") for batch in batches]
-        if self.reference is not None:
-            batches = [self._with_scores(batch, self.reference, "ref_logprobs") for batch in batches]
-        if self.score_values is not None:
-            batches = [add_stream(batch, "old_values", self.score_values(model, batch)) for batch in batches]
-        return batches
-
-    @torch.no_grad()
-    def _measure_kl(self, trees: Sequence[Tree], start: PreTrainedModel) -> float:
-        """KL(policy || start) over the samples of `trees`, nats a token, from the sampler's own log-probabilities."""
-        batch = self._with_scores(collate(trees), start, "start_logprobs")
-        return float(compute_kl_k3(batch.at_targets("sampler_logprobs"), batch.at_targets("start_logprobs")).mean())
-
-    @torch.no_grad()
-    def _with_scores(self, batch: TokenBatch, model: PreTrainedModel, name: str) -> TokenBatch:
-        settings = self.sampler.settings
-        bf16 = use_bf16(settings.precision, model.device.type)
-        scores = score(model, batch.to(model.device), temperature=settings.temperature, bf16=bf16)
-        return add_stream(batch, name, scores.logprobs_N)
-
-
-def add_stream(batch: TokenBatch, name: str, values_N: Tensor) -> TokenBatch:
-    """The batch with values at its targets, zero elsewhere."""
-    stream = torch.zeros(batch.num_tokens)
-    stream[batch.targets_N] = values_N.cpu()
-    return batch.with_streams(**{name: stream})
-
-
-def collect_tokens(packed: Sequence[Sequence[TokenBatch]]) -> RolloutTokens:
-    """The target tokens of all micro-batches in one row."""
-    batches = [batch for part in packed for batch in part]
-
-    def collect(name: str) -> Tensor | None:
-        return torch.cat([b.at_targets(name) for b in batches]) if name in batches[0].streams else None
-
-    sampler_logprobs_N = collect("sampler_logprobs")
-    assert sampler_logprobs_N is not None
-    return RolloutTokens(
-        completions_N=torch.cat([b.marks["completion"][b.target_segments_N].long() for b in batches]),
-        sampler_logprobs_N=sampler_logprobs_N,
-        old_logprobs_N=collect("old_logprobs"),
-        ref_logprobs_N=collect("ref_logprobs"),
-        values_N=collect("old_values"),
-    )
-
-
-def spread_streams(packed: Sequence[Sequence[TokenBatch]], streams_N: Mapping[str, Tensor]) -> list[list[TokenBatch]]:
-    """The inverse of `collect_tokens`: streams over the row of all tokens, back to the micro-batches."""
-    out: list[list[TokenBatch]] = []
-    first = 0
-    for part in packed:
-        done = []
-        for batch in part:
-            last = first + batch.num_targets
-            for name, values_N in streams_N.items():
-                batch = add_stream(batch, name, values_N[first:last])
-            done.append(batch)
-            first = last
-        out.append(done)
-    return out
-
-
 def collect_rewards(rewards: Sequence[Judged]) -> tuple[Tensor, Tensor]:
     """(rewards [R] float32, zero where there is none; whether each was judged [R] bool)."""
     judged_R = torch.tensor([r.value is not None for r in rewards])
     return torch.tensor([r.value or 0.0 for r in rewards], dtype=torch.float32), judged_R
-
-
-# ---- what the stages load ------------------------------------------------------------------------------------------
 
 
 def require_room(prompts: Sequence[Array], context: int) -> None:
@@ -466,25 +324,6 @@ def require_room(prompts: Sequence[Array], context: int) -> None:
                 f"prompt {number} has {len(ids)} tokens, and the model's context is {context}: no room is left for an "
                 "answer; take it out of prompts.jsonl, or train a model with a longer context"
             )
-
-
-def load_reference(settings: RolloutSettings, context: Context, base: Base) -> PreTrainedModel | None:
-    """The model that the KL penalty pulls to: the input `reference`, or the base as it is given."""
-    if settings.kl_beta == 0:
-        if "reference" in context.inputs:
-            raise UserError(
-                "a reference is given, but kl_beta is 0 and nothing would read it; set kl_beta, or leave it out"
-            )
-        return None
-    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
-    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
-    return reference.model.eval()
-
-
-def load_start(settings: RolloutSettings, context: Context) -> PreTrainedModel | None:
-    """The model as it was given, where the loss has no KL penalty that would log the distance from it."""
-    is_measured = settings.kl_groups > 0 and settings.kl_beta == 0
-    return load_base(context.inputs["base"]).model.eval() if is_measured else None
 
 
 def resume_point(context: Context) -> int:

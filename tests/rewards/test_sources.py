@@ -11,7 +11,7 @@ import pytest
 from polm.config import validate
 from polm.data.readers import read_prompts
 from polm.errors import RecipeError
-from polm.recipe import RewardSettings
+from polm.recipe_rewards import RewardSettings
 from polm.rewards.base import Reward, RewardItem
 from polm.rewards.sources import build_rewarder, combine
 from polm.rewards.verify import VerifyItem, verify_many

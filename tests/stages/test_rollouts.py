@@ -11,18 +11,14 @@ import pytest
 import torch
 
 from polm.data.readers import Prompt
-from polm.errors import DataError
+from polm.errors import DataError, RecipeError
 from polm.flywheel.store import compute_key
 from polm.rewards.base import Reward
+from polm.rewards.reward_model import load_reward_model
 from polm.rollout.generate import Completion
-from polm.stages.rollouts import (
-    build_rollout_trees,
-    collect_tokens,
-    describe_sample,
-    judge_completions,
-    spread_streams,
-    summarise,
-)
+from polm.stages import rollouts
+from polm.stages.rollout_source import collect_tokens, spread_streams
+from polm.stages.rollouts import build_rollout_trees, describe_sample, judge_completions, summarise
 from polm.stages.table import STAGES
 from polm.tokens import collate
 
@@ -106,6 +102,35 @@ def test_the_verifier_and_a_function_together(
 def test_the_function_s_text_is_a_part_of_the_key(function_settings: Any) -> None:
     keys = [compute_key(STAGES["grpo"], function_settings(scale)[0], {}) for scale in ("0.01", "0.01", "0.02")]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_reward_model_as_the_reward(
+    artifact: Any, tmp_path: Path, read_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewards in samples.jsonl are the model's scores of the tokens that the policy wrote."""
+    inputs = {**artifact.inputs("rloo"), "reward_model": str(artifact("reward_model"))}
+    changes = {"updates": 1, "updates_per_rollout": 1, "reward": ("model",)}
+    settings = artifact.spec("rloo")[1].model_copy(update=changes)
+    seen: list[tuple[Any, Any]] = []
+
+    def load(*given: Any, **more: Any) -> Any:
+        judge = load_reward_model(*given, **more)
+        assert judge.same_tokens
+        return lambda items: seen.append((items, judge(items))) or seen[-1][1]
+
+    monkeypatch.setattr(rollouts, "load_reward_model", load)
+    manifest = artifact.run("rloo", settings, inputs, tmp_path / "out")
+    assert manifest["ledger"]["samples_scored"] == manifest["ledger"]["samples"] == 16
+    [(items, rewards)] = seen
+    shown = [sample["reward"] for row in read_rows(tmp_path / "out" / "samples.jsonl") for sample in row["samples"]]
+    assert shown == pytest.approx([reward.value for reward in rewards], abs=1e-4)
+    assert len(set(shown)) > 8
+    assert all(0 < len(item.completion_tokens) <= 8 for item in items)
+    without = {role: value for role, value in inputs.items() if role != "reward_model"}
+    with pytest.raises(RecipeError, match=r"reward is model and the input reward_model is not given"):
+        artifact.run("rloo", settings, without, tmp_path / "a")
+    with pytest.raises(RecipeError, match=r"reward is verifier and the input reward_model is /"):
+        artifact.run("rloo", artifact.spec("rloo")[1], inputs, tmp_path / "b")
 
 
 # ---- in numbers ----------------------------------------------------------------------------------------------------
