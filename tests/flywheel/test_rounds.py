@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +174,16 @@ def test_two_iterations(alone: Plan) -> None:
     assert replies == {graded}
 
 
+def wait_for_lock(path: Path) -> None:
+    """A forked worker holds its parent's lock until it has died too."""
+    deadline = time.monotonic() + 30
+    while path.is_file() and time.monotonic() < deadline:
+        with path.open() as handle, contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     given: dict[str, Any], alone: Plan, hash_files: Any, start_child: Any, tmp_path: Path
@@ -186,6 +199,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
             break
         child.kill()
         child.join()
+        wait_for_lock(tmp_path / "run" / ".lock")
         killed += 1
     assert killed >= 2
     assert json.loads((tmp_path / "report.json").read_text())["error"] == ""
