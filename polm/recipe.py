@@ -535,6 +535,10 @@ class Recipe(Settings):
             mine = [name for name, value in given.items() if value != MicroscopeSettings.model_fields[name].default]
             if mine:
                 raise ValueError(f"microscope.{mine[0]} is set by the flywheel from each arm; leave it out")
+        if "model" in self.grpo.reward:
+            raise ValueError(
+                "grpo.reward: model needs a reward model, and a flywheel makes none; run `polm grpo` itself"
+            )
         if self.dpo is None and any(arm.guide == "dpo" for arm in self.arms.values()):
             raise ValueError("an arm has guide: dpo, and dpo is null")
         return self

@@ -85,4 +85,7 @@ class PPOSettings(RolloutSettings):
             raise ValueError("prompts_per_rollout must be at least minibatches: each takes whole groups")
         if self.kl_target is not None and (self.kl_in == "loss" or self.kl_beta == 0):
             raise ValueError("kl_target steers a KL penalty in the reward: it needs kl_in: reward and kl_beta above 0")
+        answers = self.prompts_per_rollout * self.samples
+        if self.kl_target is not None and self.kl_horizon < answers:
+            raise ValueError(f"kl_horizon must be at least the {answers} answers of a rollout, or kl_beta would jump")
         return self

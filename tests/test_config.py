@@ -98,6 +98,7 @@ CASES: list[tuple[str, str, str]] = [
     ("  epochs: 1", "  epochs: 1\n  updates: 2", r"recipe.yaml:9: sft: .*give updates or epochs, not both"),
     ("sft:\n  epochs: 1", "sft: 3", r"recipe.yaml:9: sft: found 3: .*"),
     ("name: small", "name: s\npairs: null", r"recipe.yaml: the recipe: .*pairs and dpo go together"),
+    ("name: small", "name: s\ngrpo: {reward: model}", r"grpo.reward: model needs a reward model, and a flywheel"),
     ("name: small", "name: s\narms: {ntp: {changes: {weighting: ntp}}}", r"the arm ntp is always there"),
     ("name: small", "name: s\narms: {a: {guide: sft}}", r"arms.a.changes names no weighting"),
     ("name: small", "name: s\narms: {'a/b': {changes: {weighting: remit}}}", r"arm name 'a/b': use letters"),

@@ -84,7 +84,7 @@ WORDS = {
     "rl/mismatch_max": ("nats", "The largest such gap of a single token."),
     "rl/mismatch_kl": (
         "nats per token",
-        "The same as a divergence. Where it is not next to nothing, set importance_cap.",
+        "The same as a divergence. If it is more than next to nothing, set importance_cap.",
     ),
     "rl/importance_mean": ("weight", "Mean weight by which the generator's mismatch is corrected; near one is good."),
     "rl/importance_capped_fraction": ("share of tokens", "Tokens whose weight was cut at importance_cap."),

@@ -7,7 +7,6 @@ The child calls `serve`.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,7 @@ class Child:
     _owner: int = 0
     _errors: IO[bytes] | None = None
     _buffer: bytes = b""
+    _finalizer: weakref.finalize[..., Any] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -80,8 +81,8 @@ class Child:
         child, self._child, self._buffer = self._child, None, b""
         if child is None or self._owner != os.getpid():
             return
-        child.kill()
-        child.wait()
+        if self._finalizer is not None:
+            self._finalizer()
         for stream in (child.stdin, child.stdout, self._errors):
             if stream is not None:
                 with contextlib.suppress(OSError):  # a pipe whose other end is gone cannot be flushed
@@ -119,8 +120,8 @@ class Child:
             start_new_session=True,  # Ctrl-C is for the parent, who ends the child at exit
         )
         self._owner = os.getpid()
-        if self.num_starts == 0:
-            atexit.register(self.close)
+        # With this object, or at the exit of Python, the process goes too.
+        self._finalizer = weakref.finalize(self, end_process, self._child, self._owner)
         self.num_starts += 1
         try:
             self._receive(START_SECONDS)
@@ -150,16 +151,29 @@ class Child:
         return line
 
 
+def end_process(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Kills a process and what it has started, if it is one of this process's own and not of the one that this was
+    forked from."""
+    if os.getpid() != owner:
+        return
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a session, and so a group, of its own
+        process.kill()
+    process.wait()
+
+
 def serve(prepare: Callable[[], Callable[[dict[str, Any]], Mapping[str, Any]]]) -> None:
     """The child's side: `prepare` loads what is needed and returns the function that answers a request; then one
     request a line until the input ends. Whatever is printed goes to the standard error output, so that it never looks
-    like a reply."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    like a reply, and whoever reads the standard input finds it empty."""
+    replies, requests = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     answer = prepare()
     replies.write("{}\n")
     replies.flush()
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         _set_alarm(request["seconds"] + GRACE_SECONDS)
         reply = answer(request)

@@ -5,6 +5,7 @@ It imports nothing heavy of its own: it is started again after each kill.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import math
@@ -40,7 +41,8 @@ def answer(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str
     """One call of the function: {"rewards": a number, None or a complaint each} or {"error": why there are none}."""
     try:
         columns = select_columns(function, request["columns"])
-        values = list(function(prompts=request["prompts"], completions=request["completions"], **columns))
+        given = function(prompts=request["prompts"], completions=request["completions"], **columns)
+        values = list(asyncio.run(given) if inspect.iscoroutine(given) else given)
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises is an answer that was not judged
         return {"error": f"{type(error).__name__}: {error}"[:NOTE_CHARACTERS]}
     expected = len(request["completions"])

@@ -146,10 +146,11 @@ def train(
     temperature: float = 1.0,
     more: Mapping[str, Any] | None = None,
     pair: ActorCritic | None = None,
+    critic: Base | None = None,
     parts: Sequence[Part] = (),
 ) -> StageResult:
-    """Fit, save an ordinary checkpoint to `model/`, and sum up. With `pair`, of which `base` is the policy, the critic
-    is trained too, and goes to `critic/`."""
+    """Fit, save an ordinary checkpoint to `model/`, and sum up. With `pair`, of `base` and `critic`, the critic is
+    trained too, and goes to `critic/`."""
     result = fit(
         pair or base.model,
         source,
@@ -161,8 +162,8 @@ def train(
         parts=parts,
     )
     save_model(base.model, base.tokenizer, context.workdir / "model")
-    if pair is not None:
-        save_model(pair.critic, base.tokenizer, context.workdir / "critic")
+    if critic is not None:
+        save_model(critic.model, critic.tokenizer, context.workdir / "critic")
     remove_checkpoints(context.workdir)
     numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}
     summary = {

@@ -96,20 +96,20 @@ def assign(settings: PPOSettings, pair: ActorCritic, rollout: Rollout, tokens: R
     return Credit(streams, average_by_completion(advantages_N, tokens, rollout), metrics)
 
 
-def load_pair(settings: PPOSettings, context: Context, base: Base) -> ActorCritic:
-    """The policy with a critic of its own: the input `critic` (a reward model, or the critic of another run), or the
-    base's trunk with a head that says 0."""
+def load_critic(settings: PPOSettings, context: Context, base: Base) -> Base:
+    """The input `critic` (a reward model, or another run's critic), or the base's trunk with a head that says 0."""
     source = context.inputs.get("critic", context.inputs["base"])
     critic = load_scalar_base(source, "sequence", num_labels=1, spread=0.0, seed=settings.seed)
     require_same_tokenizer(base.tokenizer, critic.tokenizer, base.name, critic.name)
-    return ActorCritic(base.model, critic.model, settings.kl_beta)
+    return critic
 
 
 def run(settings: PPOSettings, context: Context) -> StageResult:
     """Train `base` on prompts.jsonl, and a critic beside it."""
     start_stage(settings, context)
     base = load_base(context.inputs["base"])
-    pair = load_pair(settings, context, base)
+    critic = load_critic(settings, context, base)
+    pair = ActorCritic(base.model, critic.model, settings.kl_beta)
     ledger = new_ledger()
     updates_per_rollout = settings.minibatches * settings.epochs_per_rollout
     rollouts = RolloutSource(
@@ -139,6 +139,7 @@ def run(settings: PPOSettings, context: Context) -> StageResult:
         ledger,
         temperature=settings.temperature,
         pair=pair,
+        critic=critic,
         parts=[
             Part("policy", pair.policy, settings.optimizer),
             Part("critic", pair.critic, settings.critic_optimizer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,12 @@ def named(completions, prompts, answer):
 def odd(prompts, completions, **columns):
     values = {"nan": float("nan"), "inf": -float("inf"), "none": None, "text": "1.0", "list": [1], "true": True}
     return [values.get(c, 0.5) for c in completions]
+
+async def later(prompts, completions):
+    return [2.0] * len(completions)
+
+def asks(prompts, completions):
+    return [float(input())] * len(completions)
 
 def raises(prompts, completions, **columns):
     return [1 / len(c.replace("x", "")) for c in completions]
@@ -74,6 +81,8 @@ def test_a_whole_batch_in_one_call(run: Callable[..., Told]) -> None:
     assert run("length", "ab", "", "abc") == [(1.0, "scored"), (0.0, "scored"), (1.5, "scored")]
     assert run("named", "a", "b") == [(1.0, "scored"), (0.0, "scored")]
     assert run("length") == []
+    assert run("later", "a") == [(2.0, "scored")]
+    assert run("asks", "a") == [(None, "error EOFError: EOF when reading a line")]  # requests are not its to read
 
 
 def test_values_that_are_no_numbers(run: Callable[..., Told]) -> None:
@@ -103,10 +112,39 @@ def test_one_bad_answer_does_not_touch_the_others(run: Callable[..., Told], name
     assert time.monotonic() - begin < 40  # a few starts of a child on a busy machine
 
 
+def test_the_process_goes_with_the_rewarder(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(prompts, completions): return [1.0] * len(completions)")
+    rewarder = build_function_rewarder(f"{tmp_path / 'mine.py'}:f", seconds=1.0, batch_seconds=2.0)
+    assert [r.value for r in rewarder(build_items(["a"]))] == [1.0]
+    process = rewarder.args[0]._child  # type: ignore[attr-defined]
+    assert process.poll() is None
+    del rewarder
+    gc.collect()
+    assert process.wait(10) != 0
+
+
+def test_what_the_function_started_goes_too(tmp_path: Path) -> None:
+    """A hanging program that it waits for is killed with it."""
+    (tmp_path / "mine.py").write_text(
+        "import subprocess, sys\n"
+        "def f(prompts, completions):\n"
+        f"    program = subprocess.Popen(['sleep', '60'])\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(program.pid))\n"
+        "    program.wait()\n"
+    )
+    rewarder = build_function_rewarder(f"{tmp_path / 'mine.py'}:f", seconds=0.5, batch_seconds=0.5)
+    assert [r.status for r in rewarder(build_items(["a"]))] == ["timeout"]
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    deadline = time.monotonic() + 10
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"  # a zombie waits for whoever inherits it
+
+
 def test_mistakes_show_before_training(run: Callable[..., Told], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no file .*none\.py; expected FILE\.py:NAME"):
         build_function_rewarder(f"{tmp_path / 'none.py'}:f", seconds=1.0, batch_seconds=1.0)
-    with pytest.raises(UserError, match=r"did not start: it has no function 'f' \(found: dies, hangs, .*short\)"):
+    with pytest.raises(UserError, match=r"did not start: it has no function 'f' \(found: asks, dies, .*short\)"):
         run("f", "a")
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
     with pytest.raises(UserError, match="did not start: ModuleNotFoundError: No module named 'nothing_of_this_name'"):

@@ -92,7 +92,7 @@ def test_credit_by_hand(pair: ActorCritic) -> None:
 
 def test_the_controller_steers_by_the_answers_kl(pair: ActorCritic) -> None:
     """KL of the two judged answers is 2.5 and -1: 0.75 on the average, 50% above 0.5, which counts as 20%."""
-    settings = PPOSettings(updates=1, kl_beta=0.1, kl_target=0.5, kl_horizon=8)
+    settings = PPOSettings(updates=1, kl_beta=0.1, kl_target=0.5, kl_horizon=8, prompts_per_rollout=3)
     credit = assign(settings, pair, ROLLOUT, TOKENS)
     assert credit.metrics["rl/kl_beta"] == pytest.approx(0.1)
     assert float(pair.kl_beta) == pytest.approx(0.1 * (1 + 0.2 * 2 / 8))
@@ -147,6 +147,7 @@ def test_the_critic_learns_and_the_reward_rises(artifact: Any, tmp_path: Path, r
     [
         ({"prompts_per_rollout": 2, "minibatches": 3}, "prompts_per_rollout must be at least minibatches"),
         ({"kl_target": 6.0, "kl_in": "loss"}, "kl_target steers a KL penalty in the reward"),
+        ({"kl_target": 6.0, "kl_horizon": 31}, "kl_horizon must be at least the 32 answers of a rollout"),
         ({"kl_target": 6.0, "kl_beta": 0.0}, "kl_target steers a KL penalty in the reward"),
     ],
 )

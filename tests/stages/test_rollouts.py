@@ -99,6 +99,16 @@ def test_the_verifier_and_a_function_together(
     assert line["rl/right"] > 0.0
 
 
+@pytest.mark.parametrize("stage", ["reinforce_pp", "remax"])
+def test_the_reward_rises(stage: str, artifact: Any, tmp_path: Path, read_rows: Any) -> None:
+    """Even lengths of the text are right here: twenty-five updates learn to write them."""
+    changes = {"updates": 25, "kl_beta": 0.0, "prompts_per_rollout": 8}
+    settings = artifact.spec(stage)[1].model_copy(update=changes)
+    artifact.run(stage, settings, artifact.inputs(stage), tmp_path / "out")
+    rewards = [line["rl/reward"] for line in read_rows(tmp_path / "out" / "metrics.jsonl")]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
+
+
 def test_the_function_s_text_is_a_part_of_the_key(function_settings: Any) -> None:
     keys = [compute_key(STAGES["grpo"], function_settings(scale)[0], {}) for scale in ("0.01", "0.01", "0.02")]
     assert keys[0] == keys[1] != keys[2]
