@@ -49,6 +49,28 @@ SCORE_PROMPTS: dict[str, str] = {
     "logprobs": _SCORE_MATERIAL
     + "How good is the answer, from {low} (worst) to {high} (best)? Reply with the number alone.",
 }
+# Points that add up, after the rubric of Yuan et al. 2024 (arXiv 2401.10020), in our words.
+_ADDITIVE = (
+    "An assistant answered a conversation.\n\n<conversation>\n{question}\n</conversation>\n\n"
+    "<answer>\n{answer}\n</answer>\n\n"
+    f"{_MATERIAL}\n\n"
+    "Give points, one for each statement that holds; they add up:\n"
+    "1. The answer has to do with the question and says something useful about it.\n"
+    "2. It covers a good part of what was asked.\n"
+    "3. It answers the core of the question in a way that the person can use.\n"
+    "4. It is written for that person: direct, well ordered, complete, with little to improve.\n"
+    "5. It is as good as an expert's: exact, to the point, without a superfluous word.\n"
+    "Beside that: {criterion}\n"
+)
+_SCORE_ENDS = {
+    "text": "Say in a few sentences which points you give and why, then end with their sum, from {low} to {high}, in "
+    "double brackets, such as [[{low}]].",
+    "logprobs": "How many points, from {low} to {high}? Reply with the number alone.",
+}
+RUBRICS: dict[str, dict[str, str]] = {
+    "plain": SCORE_PROMPTS,
+    "additive": {verdict: _ADDITIVE + end for verdict, end in _SCORE_ENDS.items()},
+}
 CRITERION = "how well the answer helps with what was asked, honestly, correctly and without doing harm."
 PAIR_PLACES = {"question", "answer_a", "answer_b"}
 SCORE_PLACES = {"question", "answer"}
@@ -94,6 +116,10 @@ class JudgeSettings(Settings):
     criterion: str = Field(CRITERION, min_length=1, description="what an answer is judged by")
     pair_prompt: str | None = Field(None, description="template of a comparison; default: that of the verdict")
     score_prompt: str | None = Field(None, description="template of a grade; default: that of the verdict")
+    rubric: Literal["plain", "additive"] = Field(
+        "plain",
+        description="default of score_prompt: a plain scale, or five statements with a point each (scale 0 to 5)",
+    )
     orders: Literal["mean", "agree"] = Field(
         "mean", description="the two orders of a pair: the mean of both, or no verdict where they disagree"
     )
@@ -108,13 +134,15 @@ class JudgeSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_prompts(cls, values: Any) -> Any:
-        """The templates of the verdict, so that a resolved recipe says what was asked."""
+        """The templates of the verdict and the rubric, so that a resolved recipe says what was asked."""
         if not isinstance(values, dict):
             return values
-        verdict = values.get("verdict", "logprobs")
-        if verdict not in PAIR_PROMPTS:
+        verdict, rubric = values.get("verdict", "logprobs"), values.get("rubric", "plain")
+        if verdict not in PAIR_PROMPTS or rubric not in RUBRICS:
             return values
-        defaults = {"pair_prompt": PAIR_PROMPTS[verdict], "score_prompt": SCORE_PROMPTS[verdict]}
+        defaults: dict[str, Any] = {"pair_prompt": PAIR_PROMPTS[verdict], "score_prompt": RUBRICS[rubric][verdict]}
+        if rubric == "additive":
+            defaults["scale"] = (0, 5)
         return {**values, **{name: text for name, text in defaults.items() if values.get(name) is None}}
 
     @model_validator(mode="after")
@@ -124,6 +152,8 @@ class JudgeSettings(Settings):
         low, high = self.scale
         if not 0 <= low < high or high - low > 100:
             raise ValueError(f"scale {list(self.scale)}: give the worst and the best grade, such as [1, 5]")
+        if self.rubric == "additive" and self.scale != (0, 5):
+            raise ValueError(f"scale {list(self.scale)}: rubric: additive has five points, so its scale is [0, 5]")
         if self.votes > 1 and (self.verdict == "logprobs" or self.temperature == 0):
             raise ValueError("votes above 1 need verdict: text and a temperature above 0, or all votes are the same")
         if self.verdict == "logprobs" and self.temperature != 0:

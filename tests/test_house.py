@@ -16,13 +16,14 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl
+from polm import recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl, recipe_rounds
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings, validate
 from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
+from polm.flywheel.kinds import build_any_graph
 from polm.flywheel.runner import build_plan
 from polm.models.loading import build_model
 from polm.recipe_judge import EndpointSettings
@@ -38,7 +39,7 @@ MAX_FILE_LINES = 600
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
     {"tokens", "errors", "config", "recipe", "recipe_adapter", "recipe_judge", "recipe_online"}
-    | {"recipe_rewards", "recipe_rl"},
+    | {"recipe_rewards", "recipe_rl", "recipe_rounds"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -65,7 +66,7 @@ ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO"
 SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-RECIPES = (recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl)
+RECIPES = (recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl, recipe_rounds)
 BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
@@ -82,6 +83,8 @@ READ_ELSEWHERE = {
         for kind in ("Reward", "Answer", "Pairs", "Rejection", *ROLLOUT_SETTINGS)
     },
     "Recipe.workers": "the command line",
+    "SelfRewardingRecipe.workers": "the command line",
+    "SelfRewardingRecipe.kind": "told before the recipe is read (flywheel/kinds.py)",
     **{f"EndpointSettings.{name}": "a judge on a server" for name in EndpointSettings.model_fields},
     "JudgeSettings.grade_range": "a judge's grade as a reward",
 }
@@ -236,6 +239,8 @@ def test_every_setting_is_read_when_stages_run(
     files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
     workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
     run_judges(workshop, tmp_path)
+    rounds = recipe_rounds.SelfRewardingRecipe(kind="self_rewarding", name="x", base="x", data=recipe.DemoData())
+    print_plan(Console(quiet=True), build_plan(rounds, build_any_graph(rounds), tmp_path / "rounds"), 1)
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -139,6 +139,16 @@ def read_prompt_messages(path: Path) -> list[list[Message]]:
             )
         prompts.append(messages)
     return prompts
+
+
+def has_answers(path: Path) -> bool:
+    """Whether the first row of a prompts file has an answer or a verifier; if not, a model or a function judges."""
+    return any("answer" in row or "verifier" in row for _, row in islice(read_rows(path), 1))
+
+
+def read_any_prompts(path: Path) -> Sequence[Prompt | list[Message]]:
+    """`read_prompts` of a file with answers, `read_prompt_messages` of one without."""
+    return read_prompts(path) if has_answers(path) else read_prompt_messages(path)
 
 
 def _build_conversation(place: str, row: Row) -> Conversation:

@@ -11,7 +11,7 @@ class ActorCritic(nn.Module):
     """Two models side by side that share nothing: a language model, and a scalar model (`heads`) that reads the same
     tokens. `engine.score` gives the log-probabilities of the one and the values of the other.
 
-    `kl_beta` is the weight of the KL penalty. It is a buffer of the module, which checkpoints keep, so that a killed run
+    `kl_beta` is the weight of the KL penalty. It is a buffer of the module, which checkpoints keep: a killed run
     goes on with its controller's state.
     """
 

@@ -30,6 +30,7 @@ ReplyStatus = Literal["answered", "timeout", "error"]
 # Requests that a local model answers between two writes to the cache.
 CHUNK = 64
 SCORE_BIN = 4096
+MAX_BREAKS = 8  # breaking one control token may leave another
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class LocalBackend:
 
     def _answer(self, requests: Sequence[Request]) -> list[Reply]:
         out: list[Reply | None] = [None] * len(requests)
-        groups: dict[tuple[int, float, bool], list[int]] = {}
+        groups: dict[tuple[int, float, tuple[str, ...]], list[int]] = {}
         prompts: list[Array] = []
         for i, request in enumerate(requests):
             try:
@@ -195,10 +196,10 @@ class LocalBackend:
                 words = f"the question has {len(prompts[i])} tokens, and the judge's context is {self.max_positions}"
                 out[i] = Reply("error", note=words)
                 continue
-            groups.setdefault((request.max_new_tokens, request.temperature, bool(request.options)), []).append(i)
-        for (length, temperature, has_options), members in groups.items():
+            groups.setdefault((request.max_new_tokens, request.temperature, request.options), []).append(i)
+        for (length, temperature, options), members in groups.items():
             chosen = [(requests[i], prompts[i]) for i in members]
-            found = self._compare(chosen) if has_options else self._write(chosen, length, temperature)
+            found = self._compare(chosen, options) if options else self._write(chosen, length, temperature)
             for i, reply in zip(members, found, strict=True):
                 out[i] = reply
         return [reply for reply in out if reply is not None]
@@ -217,11 +218,13 @@ class LocalBackend:
         written = generate(self.model, self.tokenizer, prompts, params, bf16=self.bf16, streams=streams)
         return [Reply("answered", completion.text, cut=completion.finish == "length") for completion in written]
 
-    def _compare(self, chosen: Sequence[tuple[Request, Array]]) -> list[Reply]:
+    def _compare(self, chosen: Sequence[tuple[Request, Array]], options: tuple[str, ...]) -> list[Reply]:
         """One forward: a question is the root, its options are the children."""
+        # What a template writes before a reply is the same for all questions, so the tokens of a reply are too.
+        tokens = self._encode_options(options)
         trees: list[Tree | None] = []
-        for request, prompt in chosen:
-            tree = build_completions(prompt, self._encode_options(request, prompt))
+        for _, prompt in chosen:
+            tree = build_completions(prompt, tokens)
             longest = len(prompt) + max(len(segment) for segment in tree[1:])
             trees.append(tree if longest <= self.max_positions else None)
         fitting = [tree for tree in trees if tree is not None]
@@ -229,27 +232,24 @@ class LocalBackend:
         words = f"the question leaves no room for a verdict in the judge's context of {self.max_positions} tokens"
         return [Reply("error", note=words) if t is None else Reply("answered", logprobs=next(sums)) for t in trees]
 
-    def _encode_options(self, request: Request, prompt: Array) -> list[Array]:
+    def _encode_options(self, options: tuple[str, ...]) -> list[Array]:
         """The tokens of each option as the reply's beginning. Where one option begins with another (1 and 10), the
         end of the turn tells them apart and is scored too."""
+        asked = [{"role": "user", "content": "?"}]
+        start = len(render_prompt(self.tokenizer, asked))
         stops = set(stop_token_ids(self.tokenizer))
-        whole = [self._encode_reply(request, option)[len(prompt) :] for option in request.options]
+        replies = [[*asked, {"role": "assistant", "content": option}] for option in options]
+        whole = [render_chat(self.tokenizer, messages).token_ids[start:] for messages in replies]
         bare = [np.array([t for t in ids.tolist() if t not in stops], dtype=np.int64) for ids in whole]
         if len({ids.tobytes() for ids in bare}) < len(bare):
             raise ModelError(
-                f"the judge's tokenizer gives several of the verdicts {', '.join(request.options)} the same tokens (as "
-                "unknown words?), so the judge cannot tell them apart; take another judge, or verdict: text"
+                f"the judge's tokenizer gives several of the verdicts {', '.join(options)} the same tokens (as unknown "
+                "words?), so the judge cannot tell them apart; take another judge, or verdict: text"
             )
-        clash = any(
-            i != j and len(a) <= len(b) and a.tolist() == b[: len(a)].tolist()
-            for i, a in enumerate(bare)
-            for j, b in enumerate(bare)
+        is_prefix = any(
+            a is not b and len(a) <= len(b) and a.tolist() == b[: len(a)].tolist() for a in bare for b in bare
         )
-        return whole if clash else bare
-
-    def _encode_reply(self, request: Request, option: str) -> Array:
-        messages = [{**m, "content": break_control_tokens(self.tokenizer, m["content"])} for m in request.messages]
-        return render_chat(self.tokenizer, [*messages, {"role": "assistant", "content": option}]).token_ids
+        return whole if is_prefix else bare
 
 
 def _sum_children(model: PreTrainedModel, trees: Sequence[Tree], bf16: bool) -> list[tuple[float, ...]]:
@@ -271,10 +271,13 @@ def _sum_children(model: PreTrainedModel, trees: Sequence[Tree], bf16: bool) -> 
 
 def break_control_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """`text` with a space inside each control token and role marker of the chat template, so that it stays text."""
-    while found := find_control_tokens(tokenizer, text):
-        before = text
+    found = find_control_tokens(tokenizer, text)
+    for _ in range(MAX_BREAKS):
+        if not found:
+            return text
         for marker in found:
             text = text.replace(marker, f"{marker[:1]} {marker[1:]}")
-        if text == before:  # a marker that the text does not spell as it is: nothing to put a space into
-            raise DataError(f"the text holds {found[0]!r}, which the judge's tokenizer reads as a control token")
+        found = find_control_tokens(tokenizer, text)
+    if found:  # a marker of one character, or one that the text spells in another way
+        raise DataError(f"the text holds {found[0]!r}, which the judge's tokenizer reads as a control token")
     return text

@@ -229,12 +229,13 @@ def _read_reply(raw: bytes, request: Request) -> Reply:
         content = choice["message"].get("content")
         if content is not None and not isinstance(content, str):
             raise TypeError("content")
+        content = (content or "").encode("utf-8", "replace").decode()  # half a character cannot be written to a file
         if request.options:
-            return Reply("answered", content or "", _read_logprobs(choice, request.options))
+            return Reply("answered", content, _read_logprobs(choice, request.options))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         shown = " ".join(raw[:MAX_NOTE].decode("utf-8", "replace").split())
         raise _Failed(f"the reply is no chat completion: {shown}", passing=True) from None
-    return Reply("answered", content or "", cut=choice.get("finish_reason") == "length")
+    return Reply("answered", content, cut=choice.get("finish_reason") == "length")
 
 
 def _read_logprobs(choice: Mapping[str, Any], options: Sequence[str]) -> tuple[float, ...]:

@@ -34,7 +34,7 @@ def neutralise(text: str, tags: frozenset[str]) -> str:
     lone surrogates, which no file can hold.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")
-    gap = rf"(?:\s|{_SHAPELESS[:-1]})*"
+    gap = _SHAPELESS.replace("[", r"[\s", 1) + "+"  # possessive: a long gap must not be tried at every split
     names = "|".join(_SHAPELESS.join(map(re.escape, name)) for name in sorted(tags, key=len, reverse=True))
     text = re.sub(rf"<(?={gap}/?{gap}(?:{names})(?![A-Za-z0-9_-]))", "\u2039", text, flags=re.IGNORECASE)
     return re.sub(rf"\[(?={gap}\[)", "[ ", text)

@@ -180,7 +180,7 @@ def _grade_samples(
     _require_some(pairs, ledger, "no two answers to a prompt have different grades")
     write_jsonl(context.workdir / "preferences.jsonl", pairs)
     write_jsonl(context.workdir / "feedback.jsonl", feedback)
-    summary = {"pairs": len(pairs), "answers": len(feedback), **_summarise_grades(verdicts)}
+    summary = {"pairs": len(pairs), "answers": len(feedback), **_summarise_grades(judge, verdicts)}
     return StageResult(summary, ledger)
 
 
@@ -236,7 +236,7 @@ def _relabel_answers(
     write_jsonl(context.workdir / "verdicts.jsonl", _grade_rows(flat, verdicts))
     _require_some(rows, ledger, "the judge graded no answer")
     write_jsonl(context.workdir / "feedback.jsonl", rows)
-    summary = {"answers": len(rows), **_interval("agreement", agree, len(rows)), **_summarise_grades(verdicts)}
+    summary = {"answers": len(rows), **_interval("agreement", agree, len(rows)), **_summarise_grades(judge, verdicts)}
     return StageResult(summary, ledger)
 
 
@@ -275,9 +275,10 @@ def _summarise_bias(rankings: Sequence[Ranking]) -> dict[str, float]:
     }
 
 
-def _summarise_grades(verdicts: Sequence[Verdict]) -> dict[str, float]:
+def _summarise_grades(judge: Judge, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     read = [(verdict.value, verdict.mass) for verdict in verdicts if verdict.value is not None]
-    return _mean("grade", [value for value, _ in read]) | _mean("verdict_mass", [mass for _, mass in read])
+    means = _mean("grade", [value for value, _ in read]) | _mean("verdict_mass", [mass for _, mass in read])
+    return {"rubric": judge.settings.rubric, **means}
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from polm.stages.rollout_source import (
     load_reference,
     load_start,
 )
-from polm.stages.rollouts import Rollout, build_sampler, collect_rewards
+from polm.stages.rollouts import REWARD_INPUTS, Rollout, build_sampler, collect_rewards
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Needs, Step, TokenBatch
 
@@ -153,6 +153,6 @@ STAGE = Stage(
     PPOSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model", "critic"),
+    optional_inputs=("reference", *REWARD_INPUTS, "critic"),
     summary="reinforcement learning by PPO, with a critic",
 )

@@ -25,7 +25,7 @@ from polm.data.readers import Prompt, read_prompts
 from polm.engine.checkpoint import list_checkpoints
 from polm.engine.device import pick_device, use_bf16
 from polm.engine.fit import MetricsLog
-from polm.errors import DataError, RecipeError, UserError
+from polm.errors import DataError, RecipeError
 from polm.models.heads import read_layout
 from polm.recipe import AnswerSettings, SamplingSettings
 from polm.recipe_judge import BESIDE
@@ -235,7 +235,7 @@ def load_judge(settings: SamplingSettings | AnswerSettings, context: Context) ->
     source = context.inputs.get("judge")
     if settings.judging is None:
         if source is not None:
-            raise UserError(f"judge={source} is given, and reward {list(settings.reward)} has no judge; leave it out")
+            raise RecipeError(f"judge={source} is given, and reward {list(settings.reward)} has no judge; leave it out")
         return None
     backend = open_backend(
         settings.judging.endpoint,

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from polm.errors import ModelError
+from polm.rewards import backends
 from polm.rewards.backends import (
     CachedBackend,
     Keep,
@@ -215,6 +216,13 @@ def test_control_tokens_are_broken(local: LocalBackend) -> None:
     assert broken.replace(" ", "") == hostile
     (reply,) = local.ask([ask(hostile, max_new_tokens=2)])
     assert reply.status == "answered"
+
+
+def test_a_marker_that_cannot_be_broken_is_an_error(local: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_control_tokens", lambda _, text: ["x"] if "x" in text else [])
+    (reply, fine) = local.ask([ask("x", max_new_tokens=2), ask("y", max_new_tokens=2)])
+    assert (reply.status, fine.status) == ("error", "answered")
+    assert "reads as a control token" in reply.note
 
 
 def test_training_mode_is_left_as_it_was(local: LocalBackend) -> None:

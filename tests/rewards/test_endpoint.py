@@ -271,6 +271,12 @@ def test_a_server_without_likelihoods_says_so(chat_server: Any) -> None:
     assert "use verdict: text" in reply.note
 
 
+def test_half_a_character(chat_server: Any) -> None:
+    server = chat_server(lambda *_: (200, {}, b'{"choices": [{"message": {"content": "a \\ud800 b"}}]}'))
+    (reply,) = build(server).ask([ask("hi")])
+    assert reply.text == "a ? b"
+
+
 def test_the_key_is_no_part_of_settings() -> None:
     settings = EndpointSettings(url="http://127.0.0.1:9/v1", model="m", api_key_env="MY_KEY")
     assert KEY not in json.dumps(settings.model_dump())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
@@ -97,6 +98,14 @@ def test_harmless_text_stays_as_it_is() -> None:
     tags = find_tags(PAIR_PROMPTS["text"])
     for text in ("if a < b and c > d: x[0][1]", "<b>bold</b> <answers> </answer_ab>", "a\n\n  b\t", "日本語 <html>"):
         assert neutralise(text, tags) == text
+
+
+def test_hostile_length_takes_no_time() -> None:
+    begin = time.monotonic()
+    for text in ("<" + " " * 200_000, "< " * 100_000, "[" * 100_000, "[ " * 100_000, "</a" * 60_000):
+        neutralise(text, find_tags(PAIR_PROMPTS["text"]))
+        read_preference(text)
+    assert time.monotonic() - begin < 5
 
 
 def test_a_place_named_in_a_text_is_not_filled() -> None:

@@ -14,6 +14,7 @@ from polm.data.readers import write_jsonl
 from polm.errors import RecipeError, UserError
 from polm.models.loading import load_model
 from polm.recipe import GRPOSettings
+from polm.stages.table import STAGES
 
 SMALL: dict[str, Any] = {
     **{"bin_tokens": 192, "precision": "fp32", "prompts_per_rollout": 4, "samples": 4, "max_new_tokens": 8},
@@ -116,6 +117,25 @@ def test_a_local_judge_grades_by_expected_value(
     assert len({round(reward, 3) for reward in rewards}) > 4  # expected values, not whole grades
     assert all(-1 < reward < 1 for reward in rewards)
     assert not (tmp_path / ".replies").exists()
+
+
+@pytest.mark.parametrize("stage", ["rloo", "reinforce_pp", "remax", "ppo"])
+def test_every_stage_of_rl_takes_a_judge(
+    stage: str, artifact: Any, chat_server: Any, prompts: Path, read_rows: Any, tmp_path: Path
+) -> None:
+    spec = STAGES[stage]
+    assert "judge" in spec.optional_inputs
+    server = chat_server(reply)
+    judging = {"verdict": "text", "score_prompt": "{question}|{answer}"}
+    judging |= {"endpoint": {"url": server.url, "model": "m", "retries": 0}}
+    settings = validate(spec.settings, {**SMALL, "updates": 1, "reward": "judge", "judging": judging}, "x")
+    inputs = {"base": str(artifact("sft")), "data": str(prompts)}
+    ledger = artifact.run(stage, settings, inputs, tmp_path / "out")["ledger"]
+    (line,) = read_rows(tmp_path / "out" / "metrics.jsonl")
+    assert 0 <= line["rl/reward"] <= 1
+    assert ledger["samples_scored"] == ledger["samples"] == 16
+    greedy = 4 if stage == "remax" else 0  # its baselines are judged too; equal answers are asked about once
+    assert 4 < len(server.bodies) == len(list((tmp_path / ".replies").rglob("*.json"))) <= 16 + greedy
 
 
 def test_with_a_verifier_beside_it(artifact: Any, chat_server: Any, read_rows: Any, tmp_path: Path) -> None:
