@@ -40,7 +40,7 @@ def _iterate_kept(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_checkpoint(workdir: Path, model: nn.Module, optimizers: Sequence[Optimizer], progress: Progress) -> None:
-    """Write weights, the optimizer's state and progress; a kill at any moment leaves this checkpoint or the one before."""
+    """Write weights, optimizer state and progress; a kill at any moment leaves this checkpoint or the one before."""
     final = workdir / f"{PREFIX}{progress.update:08d}"
     temporary = workdir / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
