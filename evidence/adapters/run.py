@@ -46,9 +46,9 @@ LORA = {"kind": "lora", "rank": 8, "alpha": 16}
 # What is compared, and the learning rates that are tried.
 KINDS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
     FULL: (None, (5e-4, 1e-3, 2e-3)),
-    "LoRA": (LORA, (2e-3, 5e-3, 1e-2)),
-    "rsLoRA": ({**LORA, "rslora": True}, (1e-3, 2e-3, 5e-3)),
-    "DoRA": ({**LORA, "dora": True}, (2e-3, 5e-3, 1e-2)),
+    "LoRA": (LORA, (5e-3, 1e-2, 2e-2)),
+    "rsLoRA": ({**LORA, "rslora": True}, (2e-3, 5e-3, 1e-2)),
+    "DoRA": ({**LORA, "dora": True}, (5e-3, 1e-2, 2e-2)),
     "IA3": ({"kind": "ia3"}, (1e-2, 3e-2, 1e-1)),
     "prefix tuning": ({"kind": "prefix", "virtual_tokens": 16}, (1e-2, 3e-2, 1e-1)),
     "prompt tuning": ({"kind": "prompt", "virtual_tokens": 16}, (1e-2, 3e-2, 1e-1)),
