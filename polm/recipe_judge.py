@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from polm.config import Settings
+from polm.recipe_types import NOT_SEMANTIC
 
-NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
 BESIDE = ".replies"  # where kept replies are by default: beside the artifact, which they are no part of
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 

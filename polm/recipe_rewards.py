@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from polm.config import Settings
 from polm.recipe_judge import JudgeSettings
+from polm.recipe_types import Positive, Share
 
 RewardName = Literal["verifier", "function", "model", "judge"]
 
@@ -33,13 +34,9 @@ class RewardSettings(Settings):
         pattern=r"^.+\.py:[A-Za-z_]\w*$",
         description="FILE.py:NAME, called as NAME(prompts, completions, **columns)",
     )
-    partial_reward: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.0, description="verifier: reward of a wrong answer that is a number; ReFT has 0.1"
-    )
-    time_limit: Annotated[float, Field(gt=0.0)] = Field(
-        3.0, description="seconds that the reward of one answer may take"
-    )
-    batch_limit: Annotated[float, Field(gt=0.0)] = Field(
+    partial_reward: Share = Field(0.0, description="verifier: reward of a wrong answer that is a number; ReFT has 0.1")
+    time_limit: Positive = Field(3.0, description="seconds that the reward of one answer may take")
+    batch_limit: Positive = Field(
         60.0, description="function: seconds for all answers of a rollout; after that they are judged one by one"
     )
     judging: JudgeSettings | None = Field(None, description="judge: how the model is asked that grades the answers")

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from polm.config import Settings
-from polm.recipe import NOT_SEMANTIC, Count, DataSettings, DPOSettings, EvalSettings, Number, Seed, SFTSettings
+from polm.recipe import DPOSettings, EvalSettings, SFTSettings
+from polm.recipe_data import DataSettings
 from polm.recipe_judge import JudgeStage
+from polm.recipe_types import NOT_SEMANTIC, Count, Number, Seed
 
 # What a self-rewarding model is asked unless the recipe says otherwise (Yuan et al. 2024, arXiv 2401.10020: grades of
 # written judgements, averaged; the best answer over the worst).

@@ -31,8 +31,6 @@ from polm.flywheel.store import Work, execute, external_key
 from polm.models.loading import build_model, load_tokenizer, save_model
 from polm.recipe import (
     AnnotateSettings,
-    DataStage,
-    DemoData,
     DPOSettings,
     EvalSettings,
     GRPOSettings,
@@ -46,6 +44,7 @@ from polm.recipe import (
     SFTSettings,
     TokenizerSettings,
 )
+from polm.recipe_data import DataStage, DemoData
 from polm.recipe_online import OnlineSettings, RejectionSettings
 from polm.recipe_rl import PPOSettings, ReinforcePPSettings, ReMaxSettings, RLOOSettings
 from polm.rewards import sources

@@ -19,19 +19,8 @@ from polm.config import (
 )
 from polm.errors import RecipeError
 from polm.flywheel.graph import build_graph
-from polm.recipe import (
-    DataStage,
-    DemoData,
-    EvalSettings,
-    FolderData,
-    GRPOSettings,
-    MidtrainSettings,
-    ModelShape,
-    PretrainSettings,
-    Recipe,
-    SFTSettings,
-    WordProblemsData,
-)
+from polm.recipe import EvalSettings, GRPOSettings, MidtrainSettings, ModelShape, PretrainSettings, Recipe, SFTSettings
+from polm.recipe_data import DataStage, DemoData, FolderData, WordProblemsData
 
 GOOD = """\
 name: small

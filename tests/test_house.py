@@ -16,7 +16,16 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl, recipe_rounds
+from polm import (
+    recipe,
+    recipe_adapter,
+    recipe_data,
+    recipe_judge,
+    recipe_online,
+    recipe_rewards,
+    recipe_rl,
+    recipe_rounds,
+)
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings, validate
@@ -38,8 +47,8 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_adapter", "recipe_judge", "recipe_online"}
-    | {"recipe_rewards", "recipe_rl", "recipe_rounds"},
+    {"tokens", "errors", "config", "recipe", "recipe_adapter", "recipe_data", "recipe_judge", "recipe_online"}
+    | {"recipe_rewards", "recipe_rl", "recipe_rounds", "recipe_types"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -66,7 +75,7 @@ ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO"
 SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-RECIPES = (recipe, recipe_adapter, recipe_judge, recipe_online, recipe_rewards, recipe_rl, recipe_rounds)
+RECIPES = (recipe, recipe_adapter, recipe_data, recipe_judge, recipe_online, recipe_rewards, recipe_rl, recipe_rounds)
 BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
@@ -227,7 +236,7 @@ def test_every_setting_is_read_when_stages_run(
     workshop.run("merge_adapter", merge, {"model": str(tmp_path / "lora")}, tmp_path / "merged")
     workshop.run(
         "data",
-        recipe.DataStage(data=recipe.FolderData(source="folder", path=tmp_path / "data")),
+        recipe_data.DataStage(data=recipe_data.FolderData(source="folder", path=tmp_path / "data")),
         {},
         tmp_path / "folder",
     )
@@ -235,11 +244,11 @@ def test_every_setting_is_read_when_stages_run(
     steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
     inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
     workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
-    texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
-    files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
-    workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
+    texts = recipe_data.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
+    files = recipe_data.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
+    workshop.run("data", recipe_data.DataStage(data=files), {}, tmp_path / "files")
     run_judges(workshop, tmp_path)
-    rounds = recipe_rounds.SelfRewardingRecipe(kind="self_rewarding", name="x", base="x", data=recipe.DemoData())
+    rounds = recipe_rounds.SelfRewardingRecipe(kind="self_rewarding", name="x", base="x", data=recipe_data.DemoData())
     print_plan(Console(quiet=True), build_plan(rounds, build_any_graph(rounds), tmp_path / "rounds"), 1)
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")

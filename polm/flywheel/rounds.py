@@ -12,7 +12,7 @@ from __future__ import annotations
 from polm.config import Settings
 from polm.data.packing import mix_seed
 from polm.flywheel.graph import Graph, Node, seeded
-from polm.recipe import DataStage
+from polm.recipe_data import DataStage
 from polm.recipe_rounds import SelfRewardingRecipe
 
 ARM = "self"

@@ -32,7 +32,7 @@ from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerpri
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
 from polm.models.adapters import is_adapter_folder, locate_base
-from polm.recipe import DataStage, FilesData, FolderData, WordProblemsData
+from polm.recipe_data import DataStage, FilesData, FolderData, WordProblemsData
 from polm.recipe_rewards import RewardSettings
 from polm.stages.common import Context, Stage, StageResult, model_folder
 

@@ -24,7 +24,7 @@ from polm.data.records import Prompt
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
 from polm.errors import DataError
-from polm.recipe import DataStage, DemoData, FilesData, FolderData, WordProblemsData
+from polm.recipe_data import DataStage, DemoData, FilesData, FolderData, WordProblemsData
 from polm.rewards.verify import VERIFIERS
 from polm.stages.common import Context, Stage, StageResult
 

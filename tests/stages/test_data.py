@@ -12,7 +12,7 @@ import pytest
 from polm.data.readers import read_conversations, read_documents, read_prompts, write_jsonl
 from polm.errors import DataError
 from polm.flywheel.store import compute_key
-from polm.recipe import DataStage, FilesData, FolderData, MixedSource
+from polm.recipe_data import DataStage, FilesData, FolderData, MixedSource
 from polm.stages.common import Context
 from polm.stages.data import STAGE, run
 
