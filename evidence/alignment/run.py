@@ -1,0 +1,70 @@
+"""Run a part of the alignment evidence over its seeds: one file a seed, then result.json, figures, the README's tables.
+
+python evidence/alignment/run.py losses              # the reporting seeds
+python evidence/alignment/run.py losses 100 101      # some seeds only
+python evidence/alignment/run.py table               # only add up what is in seeds/
+
+A seed whose file is whole is not run again, and a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import constitution
+import losses
+import matplotlib
+import overoptimisation
+import reft
+import reward_model
+import rlaif
+from common import HERE
+
+from polm.evals.claims import write_claims
+
+matplotlib.use("Agg")
+
+PARTS: dict[str, ModuleType] = {
+    "losses": losses,
+    "overoptimisation": overoptimisation,
+    "reward_model": reward_model,
+    "rlaif": rlaif,
+    "constitution": constitution,
+    "reft": reft,
+}
+
+
+def fill_readme(path: Path, tables: Mapping[str, str]) -> None:
+    """Put the tables where the README has their marks; a part without results keeps what is there."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        if not mark:
+            raise SystemExit(f"{path} has no mark <!-- {name} -->; put it back")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}\n{table.strip()}\n\n{end}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    part, *numbers = sys.argv[1:] or ["table"]
+    if part != "table":
+        PARTS[part].main([int(number) for number in numbers])
+    claims, tables = [], {}
+    for name, module in PARTS.items():
+        mine = module.build_claims()
+        if mine:
+            tables[name] = module.write_table(mine)
+            print(f"\n{name}\n\n{tables[name]}")
+            module.draw(mine)
+        claims += mine
+    fill_readme(HERE / "README.md", tables)
+    if claims:
+        write_claims(HERE / "result.json", claims)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The parts of evidence/alignment: best-of-n against a walk through all choices, and results that are what the files
+of the seeds say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import polm
+
+FOLDER = Path(polm.__file__).parent.parent / "evidence" / "alignment"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """run.py. Its modules import each other by their plain names; none of them stays behind."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = dict(sys.modules)
+    yield importlib.import_module("run")
+    for name in {path.stem for path in FOLDER.glob("*.py")} - before.keys():
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def part(script: ModuleType) -> ModuleType:
+    found: ModuleType = script.PARTS["overoptimisation"]
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_choices(part: ModuleType, n: int) -> None:
+    rng = np.random.default_rng(0)
+    proxy, values = rng.normal(size=(4, 5)), rng.normal(size=(4, 5))
+    for row, found in enumerate(part.compute_best_of(proxy, values, n)):
+        picked = [values[row, max(choice, key=lambda i: proxy[row, i])] for choice in combinations(range(5), n)]
+        assert found == pytest.approx(np.mean(picked))
+
+
+def test_best_of_one_is_the_mean_and_best_of_all_the_best(part: ModuleType) -> None:
+    proxy = np.array([[0.1, 3.0, 2.0]])
+    gold = np.array([[5.0, 1.0, 9.0]])
+    assert part.compute_best_of(proxy, gold, 1)[0] == pytest.approx(5.0)
+    assert part.compute_best_of(proxy, gold, 3)[0] == 1.0
+
+
+def test_the_result_is_what_the_seeds_say(script: ModuleType) -> None:
+    """If this fails: `python evidence/alignment/run.py table`."""
+    if not (FOLDER / "result.json").is_file():
+        pytest.skip("not run yet")
+    claims = [claim for part in script.PARTS.values() for claim in part.build_claims()]
+    assert json.loads((FOLDER / "result.json").read_text()) == claims
+    text = (FOLDER / "README.md").read_text()
+    for part in script.PARTS.values():
+        mine = part.build_claims()
+        assert not mine or part.write_table(mine).strip() in text
+
+
+def test_tables_are_put_where_their_marks_are(script: ModuleType, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# a\n\n<!-- x -->\n<!-- end -->\n\nb\n\n<!-- y -->\nkept\n<!-- end -->\nc\n")
+    script.fill_readme(readme, {"x": "| old |\n"})
+    script.fill_readme(readme, {"x": "| new |\n"})
+    assert readme.read_text() == (
+        "# a\n\n<!-- x -->\n\n| new |\n\n<!-- end -->\n\nb\n\n<!-- y -->\nkept\n<!-- end -->\nc\n"
+    )
+    with pytest.raises(SystemExit, match="no mark <!-- z -->"):
+        script.fill_readme(readme, {"z": "| t |"})
