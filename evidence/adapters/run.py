@@ -49,8 +49,8 @@ KINDS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
     "LoRA": (LORA, (5e-3, 1e-2, 2e-2)),
     "rsLoRA": ({**LORA, "rslora": True}, (2e-3, 5e-3, 1e-2)),
     "DoRA": ({**LORA, "dora": True}, (5e-3, 1e-2, 2e-2)),
-    "IA3": ({"kind": "ia3"}, (1e-2, 3e-2, 1e-1)),
-    "prefix tuning": ({"kind": "prefix", "virtual_tokens": 16}, (1e-2, 3e-2, 1e-1)),
+    "IA3": ({"kind": "ia3"}, (3e-2, 1e-1, 3e-1)),
+    "prefix tuning": ({"kind": "prefix", "virtual_tokens": 16}, (3e-2, 1e-1, 3e-1)),
     "prompt tuning": ({"kind": "prompt", "virtual_tokens": 16}, (1e-2, 3e-2, 1e-1)),
     "P-tuning": ({"kind": "p_tuning", "virtual_tokens": 16}, (1e-3, 3e-3, 1e-2)),
 }
