@@ -44,6 +44,7 @@ MEMORY = HERE / "memory.json"
 TUNING_SEEDS = (0, 1)
 MEMORY_SEEDS = (100, 101, 102)
 FULL = "full fine-tuning"
+BEFORE = "before SFT"
 LORA = {"kind": "lora", "rank": 8, "alpha": 16}
 # What is compared, and the learning rates that are tried.
 KINDS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
@@ -128,6 +129,14 @@ def measure(recipe: Recipe, kind: str, rate: float, seed: int, *, timed: bool = 
     }
 
 
+def measure_base(recipe: Recipe, seed: int) -> dict[str, float]:
+    """The base before any SFT, in the same form."""
+    data, base = build_base(recipe, seed)
+    chat = recipe.eval.model_copy(update={"format": "chat", "seed": seed})
+    scores = run_stage("eval", chat, {"model": base, "data": data}, RUNS / f"s{seed}" / "eval_base")["summary"]
+    return {"accuracy": 100.0 * scores["mean/greedy"], "nll": scores["mean/nll"]}
+
+
 def tune(recipe: Recipe) -> None:
     """Each kind's rate, by the likelihood of held-out solutions: all on the first tuning seed, the best two on the
     second, too. All numbers stay in the file."""
@@ -189,12 +198,15 @@ def run_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
             continue
         found = {kind: measure(recipe, kind, chosen[kind], seed, timed=True) for kind in KINDS}
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"seed": seed, "kinds": found, "cores": os.cpu_count()}, indent=1) + "\n")
+        row = {"seed": seed, "before": measure_base(recipe, seed), "kinds": found, "cores": os.cpu_count()}
+        path.write_text(json.dumps(row, indent=1) + "\n")
         print(f"seed {seed}: " + ", ".join(f"{k} {v['accuracy']:.1f}" for k, v in found.items()), flush=True)
 
 
 def read_seeds() -> list[dict[str, dict[str, float]]]:
-    return [json.loads(path.read_text())["kinds"] for path in sorted((HERE / "seeds").glob("*.json"))]
+    """Per seed the numbers of every kind, and of the base under the name BEFORE."""
+    rows = [json.loads(path.read_text()) for path in sorted((HERE / "seeds").glob("*.json"))]
+    return [{**row["kinds"], BEFORE: row["before"]} for row in rows]
 
 
 def build_claims(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -250,6 +262,8 @@ def write_table(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) ->
             f"| {kind} | {' | '.join(cells)} | {rows[0][kind]['trained']:,.0f} | "
             f"{rows[0][kind]['megabytes']:.3f} | {ratio:.2f} | {large:.2f} | {peak:,.0f} |"
         )
+    before = {name: np.mean([row[BEFORE][name] for row in rows]) for name in ("nll", "accuracy")}
+    lines.append(f"\nBefore SFT: NLL {before['nll']:.3f}, accuracy {before['accuracy']:.1f} %.")
     return "\n".join(lines) + "\n"
 
 
