@@ -212,7 +212,7 @@ def compute_hidden(model: PreTrainedModel, batch: TokenBatch, *, round_up: bool 
     With `round_up` the products run over a round number of rows (see `round_rows`); the spare rows are cut off again.
     """
     spare = round_rows(batch.num_tokens) - batch.num_tokens if round_up else 0
-    plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare)
+    plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare, round_up=round_up)
     decoder = model.get_decoder()
     out = decoder(
         input_ids=torch.nn.functional.pad(batch.tokens_T, (0, spare))[None],

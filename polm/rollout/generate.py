@@ -232,7 +232,8 @@ class Prefilled:
 def prefill(model: PreTrainedModel, prompts: Sequence[Array], first_group: int) -> Prefilled:
     """Read prompts, packed as the roots of a forest, in one forward."""
     batch = collate([(Segment(ids),) for ids in prompts]).to(model.device)
-    capture = PrefillCapture(build_plan(batch, int(model.config.get_text_config().num_attention_heads)))
+    num_heads, bf16 = int(model.config.get_text_config().num_attention_heads), torch.is_autocast_enabled("cpu")
+    capture = PrefillCapture(build_plan(batch, num_heads, round_up=bf16))
     hidden_TD = run_decoder(model, batch.tokens_T, batch.positions_T, capture)
     logits_PV = output_logits(model, hidden_TD.index_select(0, batch.starts_S + batch.lengths_S - 1))
     return Prefilled(
