@@ -51,7 +51,9 @@ def main() -> None:
             measure_peak(channel, spec)
         elif spec.side in ("polm", "live", "ntp"):
             from bench import polm_side
+            from polm.engine.device import keep_freed_memory
 
+            keep_freed_memory()
             polm_side.RUNS[spec.work](channel, spec)
         else:
             from bench import peer_side

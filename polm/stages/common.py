@@ -25,7 +25,7 @@ from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, pack_trees
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
-from polm.engine.device import pick_device, set_threads, use_bf16
+from polm.engine.device import keep_freed_memory, pick_device, set_threads, use_bf16
 from polm.engine.fit import BatchSource, fit
 from polm.errors import DataError, ModelError, StoreError, UserError
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
@@ -195,8 +195,9 @@ def show_example(context: Context, tokenizer: PreTrainedTokenizerFast, tree: Tre
 
 
 def start_stage(settings: Any, context: Context) -> None:
-    """Fix what a stage's bits depend on: the number of threads."""
+    """Fix what a stage's bits depend on, the number of threads; and set up the allocator."""
     set_threads(settings.threads)
+    keep_freed_memory()
     context.workdir.mkdir(parents=True, exist_ok=True)
 
 
