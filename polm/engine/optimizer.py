@@ -46,6 +46,7 @@ def build_optimizers(model: PreTrainedModel, settings: OptimizerSettings, *, bf1
                 lr=rate,
                 betas=(settings.beta1, settings.beta2),
                 eps=settings.epsilon,
+                fused=True,  # one pass over each tensor
             )
         )
     for optimizer in optimizers:

@@ -290,7 +290,9 @@ def compute_hidden(
     first = before if virtual is not None and virtual.embeddings_PD is not None else 0  # rows before the batch's own
     rows = first + batch.num_tokens
     spare = round_rows(rows) - rows if round_up else 0
-    plan: Attends = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare, before)
+    plan: Attends = build_plan(
+        batch, int(model.config.get_text_config().num_attention_heads), spare, before, round_up=round_up
+    )
     ids = nn.functional.pad(batch.tokens_T, (0, spare))
     positions = nn.functional.pad(batch.positions_T + before, (0, spare))
     tokens = {"input_ids": ids[None]}

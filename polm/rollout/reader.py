@@ -60,7 +60,8 @@ def capture_virtual(model: PreTrainedModel, virtual: VirtualTokens) -> VirtualTo
     if virtual.layers is not None or virtual.embeddings_PD is None:
         return virtual
     batch = collate([(Segment(np.zeros(virtual.num, dtype=np.int64)),)]).to(model.device)
-    capture = PrefillCapture(build_plan(batch, int(model.config.get_text_config().num_attention_heads)))
+    num_heads, bf16 = int(model.config.get_text_config().num_attention_heads), torch.is_autocast_enabled("cpu")
+    capture = PrefillCapture(build_plan(batch, num_heads, round_up=bf16))
     model.get_decoder()(
         inputs_embeds=virtual.embeddings_PD[None],
         position_ids=batch.positions_T[None],

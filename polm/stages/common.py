@@ -28,7 +28,7 @@ from polm.data.readers import write_json
 from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
-from polm.engine.device import pick_device, set_threads, use_bf16
+from polm.engine.device import keep_freed_memory, pick_device, set_threads, use_bf16
 from polm.engine.fit import BatchSource, Part, fit
 from polm.errors import DataError, ModelError, RecipeError, StoreError, UserError
 from polm.models.actor_critic import ActorCritic
@@ -356,8 +356,9 @@ def show_example(context: Context, tokenizer: PreTrainedTokenizerFast, tree: Tre
 
 
 def start_stage(settings: Any, context: Context) -> None:
-    """Fix what a stage's bits depend on: the number of threads."""
+    """Fix what a stage's bits depend on, the number of threads; and set up the allocator."""
     set_threads(settings.threads)
+    keep_freed_memory()
     context.workdir.mkdir(parents=True, exist_ok=True)
 
 
