@@ -303,9 +303,9 @@ def test_the_check_sees_a_wrong_attention(monkeypatch: pytest.MonkeyPatch) -> No
     """If the forest let a token see a stranger, no model would load."""
     real = loading.build_plan
 
-    def wrong(batch: Any, num_heads: int, spare: int) -> Any:
+    def wrong(batch: Any, num_heads: int, spare: int, *, round_up: bool) -> Any:
         batch.parents_S[1] = 0  # the second tree hangs below the first
-        return real(batch, num_heads, spare)
+        return real(batch, num_heads, spare, round_up=round_up)
 
     monkeypatch.setattr(loading, "build_plan", wrong)
     with pytest.raises(ModelError, match="other log-probabilities"):
