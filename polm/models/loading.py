@@ -29,6 +29,7 @@ from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
+FEW_ROWS = 64
 PLAIN_DECODER = "Use a plain attention decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)"
 LOADING_CURE = (
     "If it is a folder, its files are damaged or incomplete: copy or download it again. If it is a hub id, check its "
@@ -324,7 +325,11 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Parameter, float | None]:
 def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
     """Float32 logits [N, V] of a few positions (the generator's case; training uses the chunked head)."""
     weight, cap = output_head(model)
-    logits = torch.nn.functional.linear(hidden_ND.to(weight.dtype), weight).float()
+    hidden_ND = hidden_ND.to(weight.dtype)
+    if hidden_ND.device.type == "cpu" and len(hidden_ND) <= FEW_ROWS and not torch.is_autocast_enabled("cpu"):
+        logits = torch.mm(weight, hidden_ND.t()).t().float()  # the large matrix first is the faster order
+    else:
+        logits = torch.nn.functional.linear(hidden_ND, weight).float()
     return cap * torch.tanh(logits / cap) if cap is not None else logits
 
 
