@@ -43,7 +43,7 @@ from polm.signals.advantages import compute_group_advantages
 from polm.tokens import Objective, Step, Tree, build_completions, build_document, collate, tree_length
 
 NUM_PROMPTS, NUM_SAMPLES, NEW_TOKENS = 16, 8, 64  # of a GRPO step
-NUM_QUESTIONS = 64  # of a call to the generator
+NUM_QUESTIONS, EQUAL_LENGTH = 32, 64  # of a call to the generator
 
 
 def load(spec: Spec, kind: str = "model") -> Any:
@@ -291,7 +291,7 @@ def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:
     cost = read_cost(model)
     tokenizer = load_tokenizer(model_folder(spec.model))
     prompts = questions(SHAPES[spec.model]["vocab_size"], NUM_QUESTIONS, spec.seed)
-    lengths = answer_lengths(len(prompts), spec.seed) if varying else [128] * len(prompts)
+    lengths = answer_lengths(len(prompts), spec.seed) if varying else [EQUAL_LENGTH] * len(prompts)
     flops = sum(cost.forward(len(p) + n - 1, decode_pairs(len(p), n), n) for p, n in zip(prompts, lengths, strict=True))
     force_lengths({p.tobytes(): n for p, n in zip(prompts, lengths, strict=True)})
     greedy = generate(model, tokenizer, prompts[:4], SamplingParams(8, temperature=0.0, ignore_eos=True))
@@ -303,7 +303,7 @@ def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:
         assert [len(c.tokens) for c in out] == lengths
         return {"units": sum(lengths), "flops": flops}
 
-    measure_calls(channel, call, guard)
+    measure_calls(channel, call, guard, warmup=0)
 
 
 def force_lengths(by_prompt: dict[bytes, int]) -> None:
