@@ -84,7 +84,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "defaults": {},
         "try-batch-8": {"gradient_checkpointing": False},
         "try-batch-32": {"per_device_train_batch_size": 32, "gradient_checkpointing": False},
-        "try-batch-128": {"per_device_train_batch_size": 128, "gradient_checkpointing": False},
+        "try-batch-64": {"per_device_train_batch_size": 64, "gradient_checkpointing": False},
     },
     "scoring": {
         "best": {"batch": 8, "sort": True},
@@ -261,7 +261,7 @@ def run_grpo(channel: Channel, spec: Spec, settings: dict[str, Any]) -> None:
 
         trainer._generate_single_turn = timed
         watch(trainer, sums, lambda _: batch / (NUM_PROMPTS * NUM_SAMPLES))
-        trainer.add_callback(build_callback(Meter(channel, spec.seconds, guard=guard), sums))
+        trainer.add_callback(build_callback(Meter(channel, spec.seconds, warmup=1, guard=guard), sums))
         trainer.train()
 
 

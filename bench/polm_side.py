@@ -42,7 +42,7 @@ from polm.rollout.generate import SamplingParams, generate
 from polm.signals.advantages import compute_group_advantages
 from polm.tokens import Objective, Step, Tree, build_completions, build_document, collate, tree_length
 
-NUM_PROMPTS, NUM_SAMPLES, NEW_TOKENS = 16, 8, 64  # of a GRPO step
+NUM_PROMPTS, NUM_SAMPLES, NEW_TOKENS = 8, 8, 64  # of a GRPO step
 NUM_QUESTIONS, EQUAL_LENGTH = 32, 64  # of a call to the generator
 
 
@@ -86,7 +86,7 @@ def train(
     channel: Channel, spec: Spec, model: Any, source: BatchSource, objective: Objective, count: Any, guard: float | None
 ) -> None:
     """Run the loop; each update is a tick."""
-    meter = Meter(channel, spec.seconds, guard=guard)
+    meter = Meter(channel, spec.seconds, warmup, guard)
     watched = Watched(source, count)
     with tempfile.TemporaryDirectory() as folder:
         fit(
@@ -257,7 +257,7 @@ class Rollouts:
 
 
 def run_grpo(channel: Channel, spec: Spec) -> None:
-    """A unit is a step of 16 prompts x 8 completions of 64 tokens; `generation` is the sampler's part of the time."""
+    """A unit is a step of 8 prompts x 8 completions of 64 tokens; `generation` is the sampler's part of the time."""
     model = load(spec)
     cost = read_cost(model)
     prompts = questions(SHAPES[spec.model]["vocab_size"], 128, spec.seed)
@@ -283,7 +283,7 @@ def run_grpo(channel: Channel, spec: Spec) -> None:
         return {"units": 1, "flops": flops, "generation": source.seconds}
 
     tree = build_completions(prompts[0], [prompts[1]])
-    train(channel, spec, model, source, objective, count, compute_guard(spec, model, [tree], build_ntp()))
+    train(channel, spec, model, source, objective, count, compute_guard(spec, model, [tree], build_ntp()), warmup=1)
 
 
 def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 WORK = {
     "sft": "Supervised fine-tuning, useful tokens (lengths lognormal, mean 120, at most 512; completions are targets)",
     "dpo": "DPO, the reference's scores computed beforehand where the peer's settings allow it",
-    "grpo": "GRPO step: 16 prompts x 8 completions of 64 tokens (forced), sampling and training",
+    "grpo": "GRPO step: 8 prompts x 8 completions of 64 tokens (forced), sampling and training",
     "generation-equal": "Generation: 32 prompts, 64 new tokens each",
     "generation-varying": "Generation: 32 prompts, lognormal lengths of the answers (mean 64, at most 256)",
     "scoring": "Scoring of documents by a frozen model (lengths lognormal, mean 300, at most 1,024)",
