@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bench.channel import Channel, Meter, measure_calls
-from bench.polm_side import NEW_TOKENS, NUM_PROMPTS, NUM_QUESTIONS, NUM_SAMPLES
+from bench.polm_side import EQUAL_LENGTH, NEW_TOKENS, NUM_PROMPTS, NUM_QUESTIONS, NUM_SAMPLES
 from bench.setup import (
     SHAPES,
     Spec,
@@ -84,7 +84,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "defaults": {},
         "try-batch-8": {"gradient_checkpointing": False},
         "try-batch-32": {"per_device_train_batch_size": 32, "gradient_checkpointing": False},
-        "try-batch-128": {"per_device_train_batch_size": 128, "gradient_checkpointing": False},
+        "try-batch-64": {"per_device_train_batch_size": 64, "gradient_checkpointing": False},
     },
     "scoring": {
         "best": {"batch": 8, "sort": True},
@@ -94,15 +94,14 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "try-batch-16": {"batch": 16, "sort": True},
     },
     "generation-equal": {
-        "best": {"batch": 64, "sort": False},
+        "best": {"batch": 32, "sort": False},
         "defaults": {"batch": 8, "sort": False},
-        "try-batch-32": {"batch": 32, "sort": True},
-        "try-static": {"batch": 64, "sort": False, "cache_implementation": "static"},
+        "try-batch-16": {"batch": 16, "sort": True},
+        "try-static": {"batch": 32, "sort": False, "cache_implementation": "static"},
     },
     "generation-varying": {
-        "best": {"batch": 64, "sort": False},
+        "best": {"batch": 32, "sort": False},
         "defaults": {"batch": 8, "sort": False},
-        "try-batch-32": {"batch": 32, "sort": False},
         "try-batch-16": {"batch": 16, "sort": False},
     },
 }
@@ -262,7 +261,7 @@ def run_grpo(channel: Channel, spec: Spec, settings: dict[str, Any]) -> None:
 
         trainer._generate_single_turn = timed
         watch(trainer, sums, lambda _: batch / (NUM_PROMPTS * NUM_SAMPLES))
-        trainer.add_callback(build_callback(Meter(channel, spec.seconds, guard=guard), sums))
+        trainer.add_callback(build_callback(Meter(channel, spec.seconds, warmup=1, guard=guard), sums))
         trainer.train()
 
 
@@ -301,7 +300,7 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
 
     model = load_peer_model(model_folder(spec.model)).eval()
     prompts = questions(SHAPES[spec.model]["vocab_size"], NUM_QUESTIONS, spec.seed)
-    lengths = answer_lengths(len(prompts), spec.seed) if varying else [128] * len(prompts)
+    lengths = answer_lengths(len(prompts), spec.seed) if varying else [EQUAL_LENGTH] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if settings["sort"] else range(len(prompts))
     extra = {k: v for k, v in settings.items() if k not in ("batch", "sort")}
 
@@ -341,7 +340,7 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
             answer(members, [lengths[i] for i in members], do_sample=True, top_k=0, **extra)
         return {"units": float(sum(lengths))}
 
-    measure_calls(channel, call, guard)
+    measure_calls(channel, call, guard, warmup=0)
 
 
 RUNS: dict[str, Callable[[Channel, Spec, dict[str, Any]], None]] = {

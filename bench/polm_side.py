@@ -42,8 +42,8 @@ from polm.rollout.generate import SamplingParams, generate
 from polm.signals.advantages import compute_group_advantages
 from polm.tokens import Objective, Step, Tree, build_completions, build_document, collate, tree_length
 
-NUM_PROMPTS, NUM_SAMPLES, NEW_TOKENS = 16, 8, 64  # of a GRPO step
-NUM_QUESTIONS = 64  # of a call to the generator
+NUM_PROMPTS, NUM_SAMPLES, NEW_TOKENS = 8, 8, 64  # of a GRPO step
+NUM_QUESTIONS, EQUAL_LENGTH = 32, 64  # of a call to the generator
 
 
 def load(spec: Spec, kind: str = "model") -> Any:
@@ -83,10 +83,17 @@ class Watched:
 
 
 def train(
-    channel: Channel, spec: Spec, model: Any, source: BatchSource, objective: Objective, count: Any, guard: float | None
+    channel: Channel,
+    spec: Spec,
+    model: Any,
+    source: BatchSource,
+    objective: Objective,
+    count: Any,
+    guard: float | None,
+    warmup: int = 2,
 ) -> None:
     """Run the loop; each update is a tick."""
-    meter = Meter(channel, spec.seconds, guard=guard)
+    meter = Meter(channel, spec.seconds, warmup, guard)
     watched = Watched(source, count)
     with tempfile.TemporaryDirectory() as folder:
         fit(
@@ -257,7 +264,7 @@ class Rollouts:
 
 
 def run_grpo(channel: Channel, spec: Spec) -> None:
-    """A unit is a step of 16 prompts x 8 completions of 64 tokens; `generation` is the sampler's part of the time."""
+    """A unit is a step of 8 prompts x 8 completions of 64 tokens; `generation` is the sampler's part of the time."""
     model = load(spec)
     cost = read_cost(model)
     prompts = questions(SHAPES[spec.model]["vocab_size"], 128, spec.seed)
@@ -283,7 +290,7 @@ def run_grpo(channel: Channel, spec: Spec) -> None:
         return {"units": 1, "flops": flops, "generation": source.seconds}
 
     tree = build_completions(prompts[0], [prompts[1]])
-    train(channel, spec, model, source, objective, count, compute_guard(spec, model, [tree], build_ntp()))
+    train(channel, spec, model, source, objective, count, compute_guard(spec, model, [tree], build_ntp()), warmup=1)
 
 
 def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:
@@ -291,7 +298,7 @@ def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:
     cost = read_cost(model)
     tokenizer = load_tokenizer(model_folder(spec.model))
     prompts = questions(SHAPES[spec.model]["vocab_size"], NUM_QUESTIONS, spec.seed)
-    lengths = answer_lengths(len(prompts), spec.seed) if varying else [128] * len(prompts)
+    lengths = answer_lengths(len(prompts), spec.seed) if varying else [EQUAL_LENGTH] * len(prompts)
     flops = sum(cost.forward(len(p) + n - 1, decode_pairs(len(p), n), n) for p, n in zip(prompts, lengths, strict=True))
     force_lengths({p.tobytes(): n for p, n in zip(prompts, lengths, strict=True)})
     greedy = generate(model, tokenizer, prompts[:4], SamplingParams(8, temperature=0.0, ignore_eos=True))
@@ -303,7 +310,7 @@ def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:
         assert [len(c.tokens) for c in out] == lengths
         return {"units": sum(lengths), "flops": flops}
 
-    measure_calls(channel, call, guard)
+    measure_calls(channel, call, guard, warmup=0)
 
 
 def force_lengths(by_prompt: dict[bytes, int]) -> None:

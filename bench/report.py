@@ -8,9 +8,9 @@ from typing import Any
 WORK = {
     "sft": "Supervised fine-tuning, useful tokens (lengths lognormal, mean 120, at most 512; completions are targets)",
     "dpo": "DPO, the reference's scores computed beforehand where the peer's settings allow it",
-    "grpo": "GRPO step: 16 prompts x 8 completions of 64 tokens (forced), sampling and training",
-    "generation-equal": "Generation: 64 prompts, 128 new tokens each",
-    "generation-varying": "Generation: 64 prompts, lognormal lengths of the answers (mean 96, at most 384)",
+    "grpo": "GRPO step: 8 prompts x 8 completions of 64 tokens (forced), sampling and training",
+    "generation-equal": "Generation: 32 prompts, 64 new tokens each",
+    "generation-varying": "Generation: 32 prompts, lognormal lengths of the answers (mean 64, at most 256)",
     "scoring": "Scoring of documents by a frozen model (lengths lognormal, mean 300, at most 1,024)",
     "midtrain": "Mid-training with ReMiT, beside plain next-token prediction and a reference scored in each update",
 }
@@ -59,8 +59,8 @@ def build(data: Mapping[str, Any]) -> str:
     machine, rows, curves = data["machine"], data["rows"], data["curves"]
     parts = [
         "# Benchmarks\n\nWritten by `make bench`; what is measured, and how, stands in `bench/README.md`. All numbers "
-        "of a row come from one run, polm and its peer in alternation, repetition by repetition, each in a process of its "
-        "own; the ratio is the median over neighbouring repetitions. Brackets hold the least and the greatest.\n",
+        "of a row come from one run, polm and its peer in alternation, repetition by repetition, each in a process of "
+        "its own; the ratio is the median over neighbouring repetitions. Brackets hold the least and the greatest.\n",
         describe(machine),
     ]
     for work, title in WORK.items():

@@ -179,6 +179,6 @@ def questions(vocab_size: int, count: int, seed: int) -> list[np.ndarray]:
     return [draw_tokens(rng, vocab_size, n) for n in draw_lengths(rng, count, 80, 0.6, 8, 256).tolist()]
 
 
-def answer_lengths(count: int, seed: int, mean: int = 96, high: int = 384) -> list[int]:
+def answer_lengths(count: int, seed: int, mean: int = 64, high: int = 256) -> list[int]:
     """Strongly varying lengths of answers: lognormal with sigma 1, so that the longest is several times the mean."""
     return draw_lengths(np.random.default_rng((seed, 5)), count, mean, 1.0, 4, high).tolist()

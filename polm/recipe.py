@@ -92,6 +92,11 @@ class TrainSettings(Settings):
     bin_tokens: Count = Field(1024, description="length of a packed bin")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute each layer's activations again in the backward pass: less memory, a quarter more time",
+        json_schema_extra=NOT_SEMANTIC,
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     adapter: AdapterSettings | None = Field(
