@@ -25,6 +25,28 @@ class Settings(BaseModel):
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+Readers = Mapping[str, Mapping[str, Any]]  # choice -> the knobs that it reads, with their defaults
+
+
+def require_readers(settings: Settings, choice: str, readers: Readers) -> None:
+    """ValueError for a knob that is given and that the chosen value of `choice` does not read."""
+    chosen = getattr(settings, choice)
+    for name in sorted({name for knobs in readers.values() for name in knobs} - set(readers[chosen])):
+        if getattr(settings, name) is not None:
+            others = ", ".join(other for other, knobs in readers.items() if name in knobs)
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}, and {choice}: {chosen} does not read it; leave it out "
+                f"({chosen} reads {', '.join(sorted(readers[chosen])) or 'no knob'}; {name} is read by {others})"
+            )
+
+
+def fill_defaults(values: Any, choice: str, default: str, readers: Readers) -> Any:
+    """The values with the defaults of the chosen value of `choice`, so that a resolved recipe says what was used."""
+    if not isinstance(values, dict):
+        return values
+    chosen = values.get(choice, default)
+    defaults = readers.get(chosen, {}) if isinstance(chosen, str) else {}
+    return {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
 
 
 def load_settings(
@@ -44,7 +66,7 @@ def load_settings(
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in a YAML file, and the line of each key by its path."""
+    """The mapping in a YAML file, and the line of each key (of a list: of each place in it) by its path."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -76,6 +98,10 @@ def _collect_lines(
                 raise RecipeError(f"{file}:{line}: {'.'.join(here)!r} is given twice (first in line {lines[here]})")
             lines[here] = line
             _collect_lines(value, here, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, str(index))] = value.start_mark.line + 1
+            _collect_lines(value, (*path, str(index)), lines, file)
 
 
 def list_shipped() -> list[str]:

@@ -6,109 +6,27 @@ no result, so it is no part of an artifact's key.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from polm.config import Settings
+from polm.config import Settings, fill_defaults, require_readers
 from polm.recipe_adapter import AdapterSettings
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
-NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-class DemoData(Settings):
-    """The embedded default: ten generated tasks, generated prose, corrupted solutions."""
-
-    source: Literal["demo"] = "demo"
-    seed: Seed = 0
-    num_pretrain_docs: Count = 30_000
-    num_midtrain_docs: Count = 8_000
-    num_sft: Count = 1_400
-    num_prompts: Count = 2_000
-    num_items: Count = 200
-    prose_share: Share = 0.25
-    direct_share: Share = 0.3
-    corrupted_share: Share = 0.12
-    chat_share: Share = 0.1
-    midtrain_prose_share: Share = 0.5
-    midtrain_corrupted_share: Share = 0.3
-
-
-class WordProblemsData(Settings):
-    """GSM8K, MAWPS, ASDiv and SVAMP from a folder of the published files; the split is by a hash of the question."""
-
-    source: Literal["word_problems"]
-    path: Path = Field(description="folder that holds gsm8k/ and word_problems/")
-    seed: Seed = 0
-    holdout_share: Share = 0.2
-
-
-class FolderData(Settings):
-    """A data set folder as it is: (pretrain|midtrain|sft|preferences|feedback|stepwise|prompts).jsonl, benchmarks/*."""
-
-    source: Literal["folder"]
-    path: Path
-
-
-class FileSource(Settings):
-    """A file of your own in any format that polm knows (`polm data inspect FILE` shows which; docs/data.md)."""
-
-    path: str = Field(description="a file, a folder of files, or hub:OWNER/NAME[:CONFIG][:SPLIT]")
-    format: str | None = Field(None, description="default: told from the first rows")
-    columns: dict[str, str] = Field(default_factory=dict, description="ours: theirs")
-
-
-class MixedSource(FileSource):
-    weight: Positive | None = Field(None, description="share in a mixture; none for all = each record once")
-
-
-class FilesData(Settings):
-    """Files of your own, converted, cleaned and mixed into a data set folder."""
-
-    source: Literal["files"]
-    pretrain: tuple[MixedSource, ...] = ()
-    midtrain: tuple[MixedSource, ...] = ()
-    sft: tuple[MixedSource, ...] = ()
-    preferences: tuple[MixedSource, ...] = ()
-    feedback: tuple[MixedSource, ...] = ()
-    stepwise: tuple[MixedSource, ...] = ()
-    prompts: tuple[MixedSource, ...] = ()
-    benchmarks: Path | None = Field(None, description="folder of NAME.jsonl, copied; no record may hold its questions")
-    decontaminate: dict[str, FileSource] = Field(
-        default_factory=dict,
-        description="name: file of further questions; format: published = a benchmark's own layout",
-    )
-    ngram: Annotated[int, Field(ge=2)] = Field(13, description="words in a row that make a record contaminated")
-    deduplicate: bool = Field(True, description="drop records of the same text as an earlier one of the role")
-    media: Literal["error", "drop"] = Field("error", description="records that refer to images, video or sound")
-    seed: Seed = Field(0, description="of the order of a mixture")
-    stop: Literal["first", "all"] = Field(
-        "first", description="end of a mixture: at the first exhausted source, or when all are (others repeat)"
-    )
-
-
-DataSettings = Annotated[DemoData | WordProblemsData | FolderData | FilesData, Field(discriminator="source")]
-
-
-class DataStage(Settings):
-    """Settings of the `data` stage when it is run on its own."""
-
-    data: DataSettings = DemoData()
-    needs: tuple[str, ...] = Field(
-        (), description="files or folders that must be in the result; a flywheel fills it in"
-    )
+from polm.recipe_data import DataSettings, DemoData
+from polm.recipe_rewards import RewardSettings
+from polm.recipe_types import (
+    NOT_SEMANTIC,
+    BelowOne,
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Seed,
+    Several,
+    Share,
+    Smoothing,
+    UpToOne,
+)
 
 
 class TokenizerSettings(Settings):
@@ -225,7 +143,7 @@ class MidtrainSettings(PackedSettings):
         "live", description="remit, shuffled, rho1: whose log-probabilities to compare"
     )
     denominator: Literal["tokens", "weights"] = Field("tokens", description="remit, plausible, shuffled")
-    keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.6, description="rho1: share of the tokens kept")
+    keep: UpToOne = Field(0.6, description="rho1: share of the tokens kept")
     scope: Literal["batch", "sequence"] = Field("batch", description="rho1: where tokens are ranked")
     alpha: Share = Field(0.5, description="distill: share of the divergence in the loss")
     top_k: Count = Field(16, description="distill: tokens of the reference's distribution that are kept")
@@ -240,6 +158,10 @@ class MidtrainSettings(PackedSettings):
 
 
 class SFTSettings(PackedSettings):
+    loss: Literal["nll", "dft"] = Field("nll", description="dft: each token's loss is weighted by its own probability")
+    neftune_alpha: NotNegative = Field(
+        0.0, description="NEFTune: scale of the noise on the input embeddings while training; 0 = none, papers use 5"
+    )
     train_on: Literal["all", "last"] = Field("all", description="every assistant turn, or only the last")
     chat_template: str | None = Field(None, description="set this template of ours; needed where the base has none")
 
@@ -308,23 +230,12 @@ class DPOSettings(PackedSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_knobs(cls, values: Any) -> Any:
-        """The defaults of the chosen loss, so that a resolved recipe says what was used."""
-        if not isinstance(values, dict):
-            return values
-        loss = values.get("loss", "sigmoid")
-        defaults = PREFERENCE_KNOBS.get(loss, {}) if isinstance(loss, str) else {}
-        return {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
+        return fill_defaults(values, "loss", "sigmoid", PREFERENCE_KNOBS)
 
     @model_validator(mode="after")
     def _check_knobs(self) -> DPOSettings:
+        require_readers(self, "loss", PREFERENCE_KNOBS)
         read = PREFERENCE_KNOBS[self.loss]
-        for name in sorted({name for knobs in PREFERENCE_KNOBS.values() for name in knobs} - set(read)):
-            if getattr(self, name) is not None:
-                others = ", ".join(loss for loss, knobs in PREFERENCE_KNOBS.items() if name in knobs)
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, and loss: {self.loss} does not read it; leave it out "
-                    f"({self.loss} reads {', '.join(sorted(read))}; {name} is read by {others})"
-                )
         if self.loss in ("robust", "exo") and not self.label_smoothing:
             raise ValueError(f"loss: {self.loss} needs label_smoothing above 0, for example {read['label_smoothing']}")
         if self.per_token and self.ld_alpha is not None:
@@ -332,27 +243,67 @@ class DPOSettings(PackedSettings):
         return self
 
 
-class GRPOSettings(TrainSettings):
-    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+class RewardModelSettings(PackedSettings):
+    """A reward model from comparisons. `bin_tokens` is also the longest prompt with one answer."""
+
+    center_coefficient: NotNegative = Field(0.0, description="weight of (c + r)^2, which keeps rewards around 0")
+    holdout_share: BelowOne = Field(
+        0.1, description="share of prompts that is not trained on but reported on; 0 = none"
+    )
+    head_spread: NotNegative | None = Field(
+        None, description="deviation of a fresh head's weights; default 1 / sqrt(width + 1), 0 = rewards begin at 0"
+    )
+
+
+class ProcessRewardModelSettings(PackedSettings):
+    """A process reward model from answers whose steps are labelled."""
+
+    separator: Annotated[str, Field(min_length=1)] = Field(
+        "\n", description="text behind each step; its last token is where the step is scored"
+    )
+    last_step_only: bool = Field(False, description="learn from the label of the last step alone (an outcome model)")
+    holdout_share: BelowOne = Field(
+        0.1, description="share of prompts that is not trained on but reported on; 0 = none"
+    )
+    head_spread: NotNegative | None = Field(
+        None, description="deviation of a fresh head's weights; default 1 / sqrt(width + 1), 0 = all steps begin at 1/2"
+    )
+
+
+class SamplingSettings(TrainSettings, RewardSettings):
+    """What every stage has that learns from its own samples."""
 
     prompts_per_rollout: Count = 32
-    samples: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: Count = 1
+    samples: Count = Field(8, description="answers to each prompt of a rollout")
     temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: UpToOne = 1.0
     top_k: Number = 0
     max_new_tokens: Count = 64
-    clip_low: Share = 0.2
-    clip_high: Positive = 0.2
+
+
+class RolloutSettings(SamplingSettings):
+    """What the policy-gradient stages have besides."""
+
     kl_beta: NotNegative = Field(0.0, description="weight of the KL penalty to the starting model; 0 = none")
+    importance_cap: Positive | None = Field(
+        None, description="weight what the generator drew by min(p_trainer / p_generator, this); none = as it is"
+    )
     kl_groups: Number = Field(
         4,
         description="groups of each rollout in which KL to the starting model is measured where kl_beta is 0; 0 = none",
         json_schema_extra=NOT_SEMANTIC,
     )
+
+
+class GRPOSettings(RolloutSettings):
+    """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
+
+    samples: Several = 8
+    updates_per_rollout: Count = 1
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
     normalize: Literal["tokens", "sequences", "constant"] = "tokens"
     advantage_scale: Literal["std", "none"] = "std"
-    time_limit: Positive = Field(3.0, description="seconds that the verifier may take for one answer")
 
     @model_validator(mode="after")
     def _check_parts(self) -> GRPOSettings:
@@ -361,18 +312,50 @@ class GRPOSettings(TrainSettings):
         return self
 
 
-class PairsSettings(Settings):
-    """Preference pairs from a model's own samples: a right answer over a wrong one to the same prompt."""
+class AnswerSettings(RewardSettings):
+    """What every stage has that makes data of a model's judged answers."""
 
     seed: Seed = 0
-    num_prompts: Count = 500
-    samples: Annotated[int, Field(ge=2)] = 4
-    pairs_per_prompt: Count = 1
+    num_prompts: Number = Field(500, description="0 = all")
+    samples: Count = Field(4, description="answers to each prompt")
     temperature: Positive = 1.0
+    top_p: UpToOne = 1.0
+    top_k: Number = 0
     max_new_tokens: Count = 64
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = 1
-    time_limit: Positive = 3.0
+
+
+# What each way to choose pairs reads, with its default.
+PAIR_KNOBS: dict[str, dict[str, Any]] = {
+    "best_worst": {"pairs_per_prompt": 1},
+    "rso": {"rso_beta": 0.5, "rso_accepted": 8, "rso_rounds": "first"},
+}
+
+
+class PairsSettings(AnswerSettings):
+    """Preference pairs from a model's own samples: a better answer over a worse one to the same prompt."""
+
+    samples: Several = 4
+    choose: Literal["best_worst", "rso"] = Field(
+        "best_worst", description="rso: statistical rejection sampling, then pairs at random; wants many samples (64)"
+    )
+    pairs_per_prompt: Count | None = Field(None, description="best_worst: at most so many pairs a prompt")
+    rso_beta: Positive | None = Field(None, description="rso: temperature of the reward in the acceptance")
+    rso_accepted: Several | None = Field(None, description="rso: answers accepted of a prompt's")
+    rso_rounds: Literal["first", "all"] | None = Field(
+        None, description="rso: pairs of the first round only, or of the whole tournament"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_knobs(cls, values: Any) -> Any:
+        return fill_defaults(values, "choose", "best_worst", PAIR_KNOBS)
+
+    @model_validator(mode="after")
+    def _check_knobs(self) -> PairsSettings:
+        require_readers(self, "choose", PAIR_KNOBS)
+        return self
 
 
 class AnnotateSettings(Settings):
@@ -406,7 +389,7 @@ class MicroscopeSettings(Settings):
     eps: Share = 0.2
     temperature: Positive = 1.0
     centring: Literal["sequence", "batch", "none"] = "sequence"
-    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    keep: UpToOne = 0.6
     scope: Literal["batch", "sequence"] = "batch"
     gamma: NotNegative = 1.0
     floor: BelowOne = 0.0
@@ -427,7 +410,7 @@ class EvalSettings(Settings):
     num_items: Number = Field(0, description="at most so many items a benchmark; 0 = all")
     samples: Number = Field(4, description="sampled answers an item; 0 = greedy only")
     temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: UpToOne = 1.0
     pass_k: tuple[Count, ...] = (4,)
     not_first: tuple[str, ...] = Field(
         (),
@@ -509,6 +492,10 @@ class Recipe(Settings):
             mine = [name for name, value in given.items() if value != MicroscopeSettings.model_fields[name].default]
             if mine:
                 raise ValueError(f"microscope.{mine[0]} is set by the flywheel from each arm; leave it out")
+        if "model" in self.grpo.reward:
+            raise ValueError(
+                "grpo.reward: model needs a reward model, and a flywheel makes none; run `polm grpo` itself"
+            )
         if self.dpo is None and any(arm.guide == "dpo" for arm in self.arms.values()):
             raise ValueError("an arm has guide: dpo, and dpo is null")
         return self

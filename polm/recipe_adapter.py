@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from polm.config import Settings
+from polm.recipe_types import BelowOne, Count, Positive
 
-Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 
 # What each kind reads, with its default. The IA3 paper (arXiv 2205.05638) scales keys, values and the inner
@@ -35,10 +35,10 @@ class AdapterSettings(Settings):
         description="continue = go on training the adapter that the base comes with"
     )
     rank: Count | None = Field(None, description="lora: width of the low-rank product")
-    alpha: Annotated[float, Field(gt=0.0)] | None = Field(
+    alpha: Positive | None = Field(
         None, description="lora: the product is scaled by alpha / rank, with rslora by alpha / sqrt(rank)"
     )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(None, description="lora: on the product's input")
+    dropout: BelowOne | None = Field(None, description="lora: on the product's input")
     targets: Literal["all-linear"] | tuple[Name, ...] | None = Field(
         None, description="lora, ia3: names of layers; all-linear = every linear layer but the output head"
     )

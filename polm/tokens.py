@@ -121,6 +121,11 @@ class TokenBatch:
         return self.streams[name][self.targets_N]
 
     @property
+    def ends_S(self) -> Tensor:
+        """Stream index of the last token of each segment; one before its start where it is empty."""
+        return self.starts_S + self.lengths_S - 1
+
+    @property
     def target_predictors_N(self) -> Tensor:
         return self.predictors_T[self.targets_N]
 
@@ -155,12 +160,17 @@ class Scores:
     candidates_NK   float32, log p of the candidate tokens asked for; None unless asked for
     collisions_N    float32, log of the sum of squares of the predicting distribution (how likely two samples are the
                     same token), without a gradient; None unless asked for
+    values_TL       float32, what a scalar model (reward model, critic) gives at every token of the stream, a column a
+                    label; None unless asked for. Such a model has no vocabulary: `logprobs_N` is then empty, [0].
+                    A reward is read at the end of an answer (`TokenBatch.ends_S`), a critic's value of the state in
+                    which a target was chosen at `target_predictors_N`
     """
 
     logprobs_N: Tensor
     entropy_N: Tensor | None = None
     candidates_NK: Tensor | None = None
     collisions_N: Tensor | None = None
+    values_TL: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -185,11 +195,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs from the engine. `candidates` names the int stream [T, K] of token ids to score."""
+    """What an objective needs from the engine. `candidates` names the int stream [T, K] of token ids to score;
+    `embedding_noise` is NEFTune's alpha: the scores are those under noisy input embeddings (0 = plain).
+
+    `values` asks for values at every token, of a scalar model (`polm.models.heads`); nothing else can be asked of it.
+    """
 
     entropy: bool = False
     candidates: str | None = None
     collisions: bool = False
+    embedding_noise: float = 0.0
+    values: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,6 @@ from polm.flywheel.store import Work, execute, external_key
 from polm.models.loading import build_model, load_tokenizer, save_model
 from polm.recipe import (
     AnnotateSettings,
-    DataStage,
-    DemoData,
     DPOSettings,
     EvalSettings,
     GRPOSettings,
@@ -38,11 +40,15 @@ from polm.recipe import (
     OptimizerSettings,
     PairsSettings,
     PretrainSettings,
+    RewardModelSettings,
     SFTSettings,
     TokenizerSettings,
 )
+from polm.recipe_data import DataStage, DemoData
+from polm.recipe_online import OnlineSettings, RejectionSettings
+from polm.recipe_rl import PPOSettings, ReinforcePPSettings, ReMaxSettings, RLOOSettings
+from polm.rewards import sources
 from polm.rewards.verify import Verdict, VerifyItem
-from polm.stages import grpo, pairs
 from polm.stages.common import Context
 from polm.stages.table import STAGES
 from polm.text.tokenizer import train_tokenizer
@@ -55,6 +61,7 @@ SHAPE = ModelShape(
 )
 MUON = OptimizerSettings(kind="muon", learning_rate=0.02, embedding_learning_rate=0.01)
 LENGTH: dict[str, Any] = {"bin_tokens": 192, "precision": "fp32", "optimizer": MUON}
+ROLLOUTS: dict[str, Any] = {**LENGTH, "prompts_per_rollout": 4, "samples": 4, "max_new_tokens": 8}
 MIDTRAIN: dict[str, Any] = {**LENGTH, "updates": 6, "bins_per_update": 2}
 
 Spec = tuple[str, Settings, Mapping[str, str]]
@@ -75,11 +82,51 @@ ARTIFACTS: dict[str, Spec] = {
         PairsSettings(num_prompts=12, samples=4, max_new_tokens=8, precision="fp32"),
         {"base": "sft", "data": "data"},
     ),
+    "rejection": (
+        "rejection",
+        RejectionSettings(samples=4, max_new_tokens=24, temperature=1.5, precision="fp32"),
+        {"base": "sft", "data": "data"},
+    ),
+    "online": (
+        "online",
+        OnlineSettings(**LENGTH, updates=3, prompts_per_rollout=6, samples=4, max_new_tokens=8),
+        {"base": "sft", "data": "data"},
+    ),
     "dpo": ("dpo", DPOSettings(**LENGTH, epochs=6), {"base": "sft", "data": "pairs"}),
+    "reward_model": (
+        "reward_model",
+        RewardModelSettings(**LENGTH, epochs=12, bins_per_update=2, center_coefficient=0.01, holdout_share=0.3),
+        {"base": "sft", "data": "pairs"},
+    ),
     "grpo": (
         "grpo",
         GRPOSettings(
             **LENGTH, updates=4, updates_per_rollout=2, prompts_per_rollout=4, samples=4, max_new_tokens=8, kl_beta=0.01
+        ),
+        {"base": "dpo", "data": "data"},
+    ),
+    "rloo": (
+        "rloo",
+        RLOOSettings(**ROLLOUTS, updates=4, updates_per_rollout=2, kl_beta=0.05),
+        {"base": "dpo", "data": "data"},
+    ),
+    "reinforce_pp": (
+        "reinforce_pp",
+        ReinforcePPSettings(**ROLLOUTS, updates=2, kl_beta=0.05, baseline="group", importance_cap=2.0),
+        {"base": "dpo", "data": "data"},
+    ),
+    "remax": ("remax", ReMaxSettings(**ROLLOUTS, updates=2), {"base": "dpo", "data": "data"}),
+    "ppo": (
+        "ppo",
+        PPOSettings(
+            **ROLLOUTS,
+            updates=8,
+            epochs_per_rollout=2,
+            minibatches=2,
+            kl_target=0.5,
+            kl_horizon=32,
+            whiten_rewards=True,
+            critic_optimizer=OptimizerSettings(learning_rate=0.01),
         ),
         {"base": "dpo", "data": "data"},
     ),
@@ -137,8 +184,7 @@ class Workshop:
         """Run a stage through the store, answers judged by length; returns the manifest."""
         keys = {role: external_key(source) for role, source in inputs.items()}
         with pytest.MonkeyPatch.context() as patch:
-            for module in (pairs, grpo):
-                patch.setattr(module, "verify_many", judge_by_length)
+            patch.setattr(sources, "verify_many", judge_by_length)
             work = Work(STAGES[stage], settings, inputs, keys, out)
             return execute(work, Context(out, inputs, say=lambda _: None))
 
@@ -192,6 +238,75 @@ def hash_files() -> Callable[[Path], dict[str, str]]:
     return compute
 
 
+@dataclass
+class ChatServer:
+    """An OpenAI-compatible server on this machine. `reply(body, number)` says what comes back to request `number` (of
+    all, from 0): a text, a dictionary as it is, or (status, headers, raw bytes)."""
+
+    reply: Callable[[dict[str, Any], int], Any]
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, body: dict[str, Any], headers: dict[str, str], path: str) -> tuple[int, dict[str, str], bytes]:
+        with self.lock:
+            number = len(self.bodies)
+            self.bodies.append(body)
+            self.headers.append(headers)
+            self.paths.append(path)
+        found = self.reply(body, number)
+        if isinstance(found, tuple):
+            return found
+        if isinstance(found, str):
+            found = {"choices": [{"message": {"role": "assistant", "content": found}, "finish_reason": "stop"}]}
+        return 200, {}, json.dumps(found).encode()
+
+
+@pytest.fixture
+def chat_server() -> Iterator[Callable[..., ChatServer]]:
+    """chat_server(reply) starts a server, which ends with the test."""
+    running: list[http.server.ThreadingHTTPServer] = []
+
+    def start(reply: Callable[[dict[str, Any], int], Any]) -> ChatServer:
+        state = ChatServer(reply)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                status, headers, body = state.answer(json.loads(raw), dict(self.headers), self.path)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the client has gone
+                    self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        running.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        return state
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """Every character is a token or a few: a judge's letters and digits are known to it."""
+    folder = tmp_path_factory.mktemp("bytes")
+    train_tokenizer(["a b"], kind="byte", vocab_size=300).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
 @pytest.fixture(scope="session")
 def other_model(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of the same layout with another tokenizer (words in another order)."""
@@ -200,3 +315,14 @@ def other_model(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer = train_tokenizer(texts, kind="word", vocab_size=200)
     save_model(build_tiny_model(len(tokenizer)), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def step_rows() -> list[dict[str, Any]]:
+    """Answers in two or three steps, whose label says whether a step is right."""
+    rows = []
+    for i in range(24):
+        good = [i % 3 != 0, i % 2 == 0, i % 5 != 0][: 2 + i % 2]
+        steps = [f"{n} + {i} = {n + i + (not right)}" for n, right in enumerate(good)]
+        rows.append({"prompt": f"add {i} and {i % 4} .", "completions": steps, "labels": good})
+    return rows

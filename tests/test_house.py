@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,27 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_adapter
+from polm import (
+    recipe,
+    recipe_adapter,
+    recipe_data,
+    recipe_judge,
+    recipe_online,
+    recipe_rewards,
+    recipe_rl,
+    recipe_rounds,
+)
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
-from polm.config import Settings
+from polm.config import Settings, validate
+from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
+from polm.flywheel.kinds import build_any_graph
 from polm.flywheel.runner import build_plan
 from polm.models.loading import build_model
+from polm.recipe_judge import EndpointSettings
+from polm.rewards import judge
 from polm.stages.table import STAGES
 
 PACKAGE = Path(polm.__file__).parent
@@ -33,7 +47,8 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_adapter"},
+    {"tokens", "errors", "config", "recipe", "recipe_adapter", "recipe_data", "recipe_judge", "recipe_online"}
+    | {"recipe_rewards", "recipe_rl", "recipe_rounds", "recipe_types"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -54,9 +69,14 @@ HANDED_ON = {
     "ModelShape": "build_model(**model_dump): its parameters carry the same names",
 }
 
+# Stages that learn from rollouts, beside grpo, and the classes that their settings share.
+RL = ("rloo", "reinforce_pp", "remax", "ppo")
+ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
+SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-BOOKKEEPERS = {"config.py", "recipe.py", "recipe_adapter.py"}
+RECIPES = (recipe, recipe_adapter, recipe_data, recipe_judge, recipe_online, recipe_rewards, recipe_rl, recipe_rounds)
+BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
     "WordProblemsData.path": "data stage, with published files",
@@ -66,9 +86,29 @@ READ_ELSEWHERE = {
     "FilesData.media": "data stage, with records that refer to images",
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
-    "GRPOSettings.epochs": "grpo stage, without updates",
+    **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
+    **{
+        f"{kind}Settings.batch_limit": "rewards, with reward: function"
+        for kind in ("Reward", "Answer", "Pairs", "Rejection", *ROLLOUT_SETTINGS)
+    },
     "Recipe.workers": "the command line",
+    "SelfRewardingRecipe.workers": "the command line",
+    "SelfRewardingRecipe.kind": "told before the recipe is read (flywheel/kinds.py)",
+    **{f"EndpointSettings.{name}": "a judge on a server" for name in EndpointSettings.model_fields},
+    "JudgeSettings.grade_range": "a judge's grade as a reward",
 }
+# Stages run once more, in the other ways that they have: their knobs are read there only.
+SHORT: dict[str, dict[str, Any]] = {
+    "rejection": {"max_new_tokens": 24, "temperature": 1.5, "precision": "fp32"},
+    "pairs": {"num_prompts": 8, "max_new_tokens": 4, "temperature": 1.5, "precision": "fp32"},
+    "online": {"updates": 1, "prompts_per_rollout": 2, "max_new_tokens": 4, "precision": "fp32", "bin_tokens": 192},
+}
+OTHER_WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rejection", {"keep": "top_share", "share": 1.0}),
+    ("pairs", {"choose": "rso", "samples": 8}),
+    ("online", {"method": "xpo"}),
+    ("online", {"method": "nash_md"}),
+)
 
 
 def parse(path: Path) -> ast.Module:
@@ -124,11 +164,11 @@ def test_every_room_has_its_place() -> None:
 
 
 def settings_classes() -> dict[str, type[Settings]]:
-    modules = (recipe.__name__, recipe_adapter.__name__)
     return {
         name: value
-        for name, value in vars(recipe).items()
-        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ in modules
+        for module in RECIPES
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == module.__name__
     }
 
 
@@ -156,7 +196,9 @@ def test_every_setting_has_a_reader() -> None:
     assert dead == set()
 
 
-def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any) -> None:
+def test_every_setting_is_read_when_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: Any, step_rows: Any
+) -> None:
     """The same, but of the right section: `samples` of pairs is not read by reading `samples` of eval."""
     read: set[str] = set()
 
@@ -168,11 +210,16 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Settings, "__getattribute__", watch)
     workshop = dataclasses.replace(artifact, folder=tmp_path)
-    for name in ("eval", "remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
+    for name in ("eval", "reward_model", "rejection", "online", *RL):
+        workshop(name)
+    for name in ("remit", "shuffled", "rho1", "distill", "plausible", "microscope"):
         workshop(name)
     for weighting in ("rho1", "plausible"):
         settings = workshop.spec("microscope")[1].model_copy(update={"weighting": weighting})
         workshop.run("microscope", settings, workshop.inputs("microscope"), tmp_path / f"look-{weighting}")
+    for stage, changes in OTHER_WAYS:
+        settings = validate(type(workshop.spec(stage)[1]), {**SHORT[stage], **changes}, "the test")
+        workshop.run(stage, settings, workshop.inputs(stage), tmp_path / "-".join((stage, *map(str, changes.values()))))
     muon = artifact.spec("pretrain")[1].optimizer
     schedule = recipe.ScheduleSettings(kind="wsd", warmup_updates=1, decay_share=0.5)
     more = {"updates": 4, "bin_tokens": 192, "schedule": schedule, "optimizer": muon, "checkpoint_every": 1}
@@ -189,18 +236,42 @@ def test_every_setting_is_read_when_stages_run(tmp_path: Path, monkeypatch: pyte
     workshop.run("merge_adapter", merge, {"model": str(tmp_path / "lora")}, tmp_path / "merged")
     workshop.run(
         "data",
-        recipe.DataStage(data=recipe.FolderData(source="folder", path=tmp_path / "data")),
+        recipe_data.DataStage(data=recipe_data.FolderData(source="folder", path=tmp_path / "data")),
         {},
         tmp_path / "folder",
     )
-    texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
-    files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
-    workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
+    write_jsonl(tmp_path / "stepwise.jsonl", step_rows)
+    steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
+    inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
+    workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
+    texts = recipe_data.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
+    files = recipe_data.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
+    workshop.run("data", recipe_data.DataStage(data=files), {}, tmp_path / "files")
+    run_judges(workshop, tmp_path)
+    rounds = recipe_rounds.SelfRewardingRecipe(kind="self_rewarding", name="x", base="x", data=recipe_data.DemoData())
+    print_plan(Console(quiet=True), build_plan(rounds, build_any_graph(rounds), tmp_path / "rounds"), 1)
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)
     unread = {name for name in all_fields() if name not in read}
     assert unread == set(READ_ELSEWHERE)
+
+
+def run_judges(workshop: Any, folder: Path) -> None:
+    """A local judge; what the tiny model writes holds no verdict, so a counter stands in for one."""
+    models = {"judge": str(folder / "sft"), "base": str(folder / "sft"), "data": str(folder / "data")}
+    judging = recipe_judge.JudgeSettings(verdict="text", max_new_tokens=8, **SHORT_PROMPTS)
+    more = {"num_prompts": 12, "max_new_tokens": 8, "max_failed": 1, "precision": "fp32"}
+    with pytest.MonkeyPatch.context() as patch:
+        turns = itertools.count()
+        patch.setattr(judge, "read_preference", lambda _: float(next(turns) % 2))
+        patch.setattr(judge, "read_grade", lambda _, scale: scale[0] + next(turns) % scale[1])
+        for by in ("pairs", "scores"):
+            settings = recipe_judge.JudgeStage(judging=judging, mode="sample", by=by, **more)
+            workshop.run("judge", settings, models, folder / f"judge-{by}")
+    revise = recipe_judge.ConstitutionStage(num_prompts=4, max_new_tokens=60, max_critique_tokens=4, precision="fp32")
+    models = {role: models[role] for role in ("base", "data")}
+    workshop.run("constitution", revise.model_copy(update={"critic_temperature": 1.0}), models, folder / "revised")
 
 
 def test_sections_that_are_handed_on_whole() -> None:
@@ -242,7 +313,14 @@ def test_a_stage_has_one_name(name: str) -> None:
 
 
 def test_there_is_no_stage_beside_the_table() -> None:
-    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__", "common", "table"}
+    files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {
+        "__init__",
+        "answers",
+        "common",
+        "rollout_source",
+        "rollouts",
+        "table",
+    }
     assert files == set(STAGES)
     assert set(STAGE_HELP) == set(STAGES)
 

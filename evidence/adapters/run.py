@@ -33,7 +33,8 @@ from polm.evals.claims import build_claim, write_claims
 from polm.evals.statistics import compute_mean_stderr, compute_t_interval
 from polm.flywheel.graph import seeded
 from polm.flywheel.store import Work, execute, external_key
-from polm.recipe import DataStage, ModelShape, PretrainSettings, Recipe, SFTSettings
+from polm.recipe import ModelShape, PretrainSettings, Recipe, SFTSettings
+from polm.recipe_data import DataStage
 from polm.stages.common import Context, Report
 from polm.stages.table import STAGES
 

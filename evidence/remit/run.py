@@ -2,6 +2,7 @@
 
 python evidence/remit/run.py bases            # bases.yaml: the bases of one cycle, all arms and controls
 python evidence/remit/run.py whole            # recipe.yaml: through SFT, DPO and RL, three cycles
+python evidence/remit/run.py speed            # or any other name in studies.yaml: the bases, with one thing changed
 python evidence/remit/run.py bases 100 101    # some seeds only
 python evidence/remit/run.py table            # only add up what is there
 
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,21 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 
-from polm.config import load_settings
+from polm.config import load_settings, validate
 from polm.evals.claims import build_claim, write_claims
 from polm.flywheel.graph import Graph, build_graph
 from polm.flywheel.runner import Event, build_plan, run_graph
 from polm.recipe import Recipe
 from polm.report.compare import Arm, build_evaluations, compute_arm, describe_point
-from polm.report.load import Run, load_run
+from polm.report.load import Evaluation, Run, load_run
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent.parent / "runs"
 RECIPES = {"bases": HERE / "bases.yaml", "whole": HERE / "recipe.yaml"}
+STUDIES: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "studies.yaml").read_text())
+STUDY_ARMS = ("remit", "plausible", "rho1", "distill", "shuffled")  # of bases.yaml, where a study names none
 METRICS = {
     "greedy": ("greedy", "points", 100.0, "higher"),
     "pass@1": ("sampled", "points", 100.0, "higher"),
@@ -55,11 +60,34 @@ def prune(graph: Graph) -> Graph:
     return {name: node for name, node in graph.items() if name in kept}
 
 
+def load_recipe(kind: str) -> Recipe:
+    """The recipe of `bases`, `whole`, or a study: `bases` with the study's seeds, arms and changes."""
+    if kind in RECIPES:
+        return load_settings(Recipe, RECIPES[kind])
+    study = STUDIES[kind]
+    recipe = load_settings(Recipe, RECIPES["bases"], study.get("changes", ()))
+    arms = study.get("arms") or {name: recipe.arms[name].model_dump() for name in STUDY_ARMS}
+    values = {**recipe.model_dump(), "name": f"evidence_remit_{kind}", "seeds": study["seeds"], "arms": arms}
+    return validate(Recipe, values, f"studies.yaml, {kind}")
+
+
+def shorten(graph: Graph, updates: Mapping[str, int]) -> Graph:
+    """The arms named in `updates` anneal for that many; a recipe has no such knob, for its arms have equal tokens."""
+    return {
+        name: replace(node, settings=node.settings.model_copy(update={"updates": updates[node.arm]}))
+        if node.stage == "midtrain" and node.arm in updates
+        else node
+        for name, node in graph.items()
+    }
+
+
 def run_seeds(kind: str, seeds: Sequence[int]) -> Run:
     """Bring the graph of these seeds to its end and read it."""
-    recipe = load_settings(Recipe, RECIPES[kind], [f"seeds={list(seeds)}"])
-    graph = build_graph(recipe)
-    plan = build_plan(recipe, prune(graph) if kind == "bases" else graph, RUNS / recipe.name)
+    recipe = load_recipe(kind).model_copy(update={"seeds": tuple(seeds)})
+    graph = shorten(build_graph(recipe), STUDIES.get(kind, {}).get("updates", {}))
+    # The studies share a folder, and with it what they have in common.
+    folder = RUNS / ("evidence_remit_studies" if kind in STUDIES else recipe.name)
+    plan = build_plan(recipe, graph if kind == "whole" else prune(graph), folder)
 
     def watch(event: Event) -> None:
         if event.kind == "done":
@@ -70,8 +98,10 @@ def run_seeds(kind: str, seeds: Sequence[int]) -> Run:
 
 
 def collect_seed(run: Run, seed: int) -> dict[str, Any]:
-    """Every score of a seed by arm and point, the share of direct answers, and what an update cost."""
+    """Every score of a seed by arm and point, the share of direct answers, the bases' scores by benchmark with the mean
+    length of a solution in tokens, and what an update cost."""
     scores: dict[str, dict[str, dict[str, float]]] = {}
+    benchmarks: dict[str, dict[str, dict[str, float]]] = {}
     for (point, arm), by_seed in build_evaluations(run).items():
         if seed not in by_seed:
             continue
@@ -79,18 +109,31 @@ def collect_seed(run: Run, seed: int) -> dict[str, Any]:
         values = {name: mean[name] for name in METRICS if mean.get(name) is not None}
         values["direct"] = float(np.mean([item.samples_text[0].startswith(DIRECT) for item in items]))
         scores.setdefault(arm.label, {})[point] = values
+        if point == "base":
+            benchmarks[arm.label] = collect_benchmarks(by_seed[seed])
     costs: dict[str, dict[str, float]] = {}
     for node in run.nodes:
         manifest, arm = node.manifest, compute_arm(node)
         if node.spec.seed == seed and node.spec.stage in ("midtrain", "annotate") and manifest and manifest.seconds:
             costs.setdefault(arm.label, {})[node.spec.stage] = manifest.seconds
     versions = dict(run.versions)
-    return {"seed": seed, "scores": scores, "seconds": costs, "versions": versions, "cores": os.cpu_count()}
+    about = {"seconds": costs, "versions": versions, "cores": os.cpu_count()}
+    return {"seed": seed, "scores": scores, "benchmarks": benchmarks, **about}
+
+
+def collect_benchmarks(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Scores by benchmark, with the mean length of its solutions in tokens."""
+    found = {}
+    for name, result in evaluation.results.benchmarks.items():
+        tokens = [item.nll_tokens for item in evaluation.items if item.benchmark == name and item.nll_tokens]
+        values = {"greedy": result.greedy, "pass@1": result.pass_at_1, "steps@1": result.steps_at_1, "nll": result.nll}
+        found[name] = {**{k: v for k, v in values.items() if v is not None}, "tokens": float(np.mean(tokens))}
+    return found
 
 
 def read_seeds() -> dict[str, list[dict[str, Any]]]:
     """The files of seeds/ by kind."""
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in RECIPES}
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*RECIPES, *STUDIES)}
     for path in sorted((HERE / "seeds").glob("*.json")):
         found[path.name.partition("-")[0]].append(json.loads(path.read_text()))
     return found
@@ -103,8 +146,8 @@ def get_differences(rows: Sequence[Mapping[str, Any]], arm: str, control: str, p
     return [scale * (a[metric] - b[metric]) for a, b in pairs if metric in a and metric in b]
 
 
-def build_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every arm against NTP; ReMiT and our own against the other arms of the first cycle."""
+def build_claims(rows: Sequence[Mapping[str, Any]], where: str = "") -> list[dict[str, Any]]:
+    """Every arm against NTP; ReMiT and our own against the other arms of the first cycle. `where` names a study."""
     ntp = Arm(0, "ntp").label
     labels = list(dict.fromkeys(label for row in rows for label in row["scores"]))
     pairs = [(label, ntp) for label in labels if label != ntp]
@@ -119,7 +162,7 @@ def build_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 if len(differences) > 1:
                     claims.append(
                         build_claim(
-                            f"{arm} is better than {control} {describe_point(point)}, {words}",
+                            f"{where}{arm} is better than {control} {describe_point(point)}, {words}",
                             metric=f"{point}/{metric} ({unit})",
                             arm=arm,
                             control=control,
@@ -168,8 +211,7 @@ def draw(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     kind, *numbers = sys.argv[1:] or ["table"]
     if kind != "table":
-        recipe = load_settings(Recipe, RECIPES[kind], [])
-        wanted = [int(n) for n in numbers] or list(recipe.seeds)
+        wanted = [int(n) for n in numbers] or list(load_recipe(kind).seeds)
         missing = [seed for seed in wanted if not (HERE / "seeds" / f"{kind}-{seed}.json").is_file()]
         width = os.cpu_count() or 1
         for start in range(0, len(missing), width):  # a few seeds at a time, so that what is done is written early
@@ -180,8 +222,11 @@ def main() -> None:
                 path.write_text(json.dumps(collect_seed(run, seed), indent=1) + "\n")
     rows = read_seeds()
     claims = build_claims([*rows["bases"], *rows["whole"]])
-    write_claims(HERE / "result.json", claims)
+    studies = {kind: build_claims(rows[kind], where=f"{kind}: ") for kind in STUDIES}
+    write_claims(HERE / "result.json", [*claims, *(claim for found in studies.values() for claim in found)])
     print(write_table(claims))
+    for kind, found in studies.items():
+        print(f"{kind}, {len(rows[kind])} seeds\n{write_table(found) if found else ''}")
     draw(claims, HERE / "figure.png")
 
 

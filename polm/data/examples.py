@@ -3,22 +3,26 @@
 The ledger is a counter of what happened: `read`, `kept`, `split`, `truncated`, `dropped`, and in tokens
 `tokens_read`, `tokens_lost`, `tokens_supervised`, `tokens_unknown`, `tokens_weighted` (a weight of the user's other
 than 0 and 1). The weights that a record has for itself, its messages or its tokens become the stream `weights`.
+
+With `folder` the trees of a data set are kept in a scratch file there (`tree_store`), and records are taken one by one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from polm.data.records import Conversation, Document, Feedback, Message, Preference
+from polm.data.tree_store import TreeWriter
 from polm.errors import DataError, UserError
 from polm.text.chat import RenderedChat, render_chat, render_prompt
 from polm.text.tokenizer import unknown_id
-from polm.tokens import Array, Segment, Tree, build_completions, build_document, tree_length
+from polm.tokens import Array, Segment, Tree, build_completions, build_document
 
 Policy = Literal["error", "truncate", "drop", "split"]
 Ledger = Counter[str]
@@ -43,15 +47,17 @@ def build_document_trees(
     context: int,
     too_long: Policy,
     ledger: Ledger,
-) -> list[Tree]:
+    folder: Path | None = None,
+) -> Sequence[Tree]:
     """A root per document; documents over `context` tokens go by the policy. A plain string is of weight 1."""
-    trees: list[Tree] = []
+    trees = open_trees(folder)
     for number, given in enumerate(texts):
         document = Document(given) if isinstance(given, str) else given
         ids = encode_document(tokenizer, document.text)
         weights = weigh_document(tokenizer, document, ids, f"document {number}")
-        _count_read(tokenizer, ids, ledger)
-        trees.extend(cut_document(ids, context, too_long, f"document {number}", ledger, weights))
+        count_read(tokenizer, ids, ledger)
+        for tree in cut_document(ids, context, too_long, f"document {number}", ledger, weights):
+            trees.append(tree)
     return finish(trees, ledger)
 
 
@@ -157,22 +163,23 @@ def fit_context(ids: Array, context: int, too_long: Policy, what: str, ledger: L
 
 def build_conversation_trees(
     tokenizer: PreTrainedTokenizerFast,
-    conversations: Sequence[Conversation],
+    conversations: Iterable[Conversation],
     *,
     context: int,
     too_long: Policy,
     train_on: Literal["all", "last"],
     ledger: Ledger,
-) -> list[Tree]:
+    folder: Path | None = None,
+) -> Sequence[Tree]:
     """A root per conversation whose targets are the assistant's tokens, tool calls among them."""
-    trees: list[Tree] = []
+    trees = open_trees(folder)
     for number, conversation in enumerate(conversations):
         try:
             rendered = render_conversation(tokenizer, conversation, train_on)
             weights = weigh_conversation(tokenizer, conversation, rendered)
         except UserError as error:
             raise type(error)(f"conversation {number}: {error}") from error
-        _count_read(tokenizer, rendered.token_ids, ledger)
+        count_read(tokenizer, rendered.token_ids, ledger)
         ids = fit_context(rendered.token_ids, context, too_long, f"conversation {number}", ledger)
         if ids is None:
             continue
@@ -186,53 +193,86 @@ def build_conversation_trees(
 
 def build_preference_trees(
     tokenizer: PreTrainedTokenizerFast,
-    preferences: Sequence[Preference],
+    preferences: Iterable[Preference],
     *,
     context: int,
     too_long: Policy,
     ledger: Ledger,
-) -> list[Tree]:
-    """A prompt with two children for each pair: chosen (mark sign = 1) and rejected (sign = -1)."""
-    trees: list[Tree] = []
+    folder: Path | None = None,
+    supervise: Literal["all", "end"] = "all",
+) -> Sequence[Tree]:
+    """A prompt with two children for each pair: chosen (mark sign = 1) and rejected (sign = -1).
+
+    supervise   "all": each token of an answer is a target. "end": the token at which a reward model is read, its last
+                (of those that are not padding). The margin of a pair is the mark `margin` of its chosen child.
+    """
+    trees = open_trees(folder)
     for number, pair in enumerate(preferences):
         prompt, answers = encode_answers(tokenizer, pair.prompt, (pair.chosen, pair.rejected), f"pair {number}")
-        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        if pair.margin:
+            ledger["margins"] += 1
         kept = fit_answers(prompt, answers, context, too_long, f"pair {number}", ledger)
-        if kept is not None and np.array_equal(kept[0], kept[1]):  # equal answers say nothing
+        if kept is not None and supervise == "end":
+            kept, whole = [cut_padding(tokenizer, ids) for ids in kept], kept
+            ledger["tokens_lost"] += sum(map(len, whole)) - sum(map(len, kept))
+        if kept is None:
+            continue
+        reason = "equal" if np.array_equal(kept[0], kept[1]) else "empty" if not all(map(len, kept)) else None
+        if reason is not None:  # equal answers say nothing, and an empty one has no token to be judged at
             ledger["dropped"] += 1
-            ledger["dropped_equal"] += 1
+            ledger[f"dropped_{reason}"] += 1
             ledger["tokens_lost"] += len(prompt) + sum(len(a) for a in kept)
-        elif kept is not None:
-            trees.append(build_completions(prompt, kept, marks=[{"sign": 1.0}, {"sign": -1.0}]))
+            continue
+        streams = [{"weights": weigh_end(ids)} for ids in kept] if supervise == "end" else None
+        margin = {"margin": pair.margin} if pair.margin else {}
+        trees.append(build_completions(prompt, kept, streams, marks=[{"sign": 1.0, **margin}, {"sign": -1.0}]))
     return finish(trees, ledger)
+
+
+def weigh_end(ids: Array) -> Array:
+    """Weights [T] that make the last token the only target: where a reward model's score of an answer is read."""
+    weights = np.zeros(len(ids), dtype=np.float32)
+    weights[-1:] = 1.0
+    return weights
+
+
+def cut_padding(tokenizer: PreTrainedTokenizerFast, ids: Array) -> Array:
+    """`ids` without padding tokens at the end, which a sequence classifier skips.
+
+    Tokenizers whose end-of-text token is the padding token end an answer with one.
+    """
+    places = np.flatnonzero(ids != tokenizer.pad_token_id)
+    return ids[: places[-1] + 1] if len(places) else ids[:0]
 
 
 def build_feedback_trees(
     tokenizer: PreTrainedTokenizerFast,
-    feedback: Sequence[Feedback],
+    feedback: Iterable[Feedback],
     *,
     context: int,
     too_long: Policy,
     ledger: Ledger,
-) -> list[Tree]:
+    folder: Path | None = None,
+) -> Sequence[Tree]:
     """A prompt with one child for each judged answer: mark sign = 1 (label true) or -1 (false).
 
     Raises DataError where all the answers that are kept have one label: then there is nothing to tell apart.
     """
-    trees: list[Tree] = []
+    trees = open_trees(folder)
     signs: Counter[float] = Counter()
     for number, record in enumerate(feedback):
         prompt, answers = encode_answers(tokenizer, record.prompt, (record.completion,), f"record {number}")
-        _count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
+        count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
         kept = fit_answers(prompt, answers, context, too_long, f"record {number}", ledger)
         if kept is not None:
             sign = 1.0 if record.label else -1.0
             signs[sign] += 1
             trees.append(build_completions(prompt, kept, marks=[{"sign": sign}]))
-    if trees and len(signs) < 2:
+    if len(signs) == 1:
         raise DataError(
             f"feedback: {signs[1.0]} answers labelled true and {signs[-1.0]} labelled false are left of "
-            f"{len(feedback)}; kto and bco need both labels: add answers of the other one, or use the sft stage"
+            f"{ledger['read']}; kto and bco need both labels: add answers of the other one, or use the sft stage"
         )
     return finish(trees, ledger)
 
@@ -304,7 +344,7 @@ def fit_answers(
     return [a for a in fitted if a is not None]
 
 
-def _count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:
+def count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:
     """Enter an example as it was read, with the tokens that stand for text which the tokenizer cannot spell."""
     ledger["read"] += 1
     ledger["tokens_read"] += len(ids)
@@ -313,42 +353,29 @@ def _count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) 
         ledger["tokens_unknown"] += int((ids == unknown).sum())
 
 
-def finish(trees: list[Tree], ledger: Ledger) -> list[Tree]:
+def open_trees(folder: Path | None) -> list[Tree] | TreeWriter:
+    """Where trees are appended: a scratch file in `folder`, or memory."""
+    return [] if folder is None else TreeWriter(folder)
+
+
+def finish(written: list[Tree] | TreeWriter, ledger: Ledger) -> Sequence[Tree]:
     """Close the ledger of a data set; nothing to learn from is an error."""
-    ledger["kept"] += len(trees)
-    ledger["tokens_kept"] += sum(tree_length(tree) for tree in trees)
-    ledger["tokens_supervised"] += sum(
-        int(np.count_nonzero(segment.streams["weights"])) for tree in trees for segment in tree if segment.streams
-    )
+    trees = written if isinstance(written, list) else written.close()
+    for tree in trees:
+        ledger["kept"] += 1
+        for segment in tree:
+            ledger["tokens_kept"] += len(segment)
+            weights = segment.streams.get("weights")
+            if weights is None:
+                continue
+            ledger["tokens_supervised"] += int(np.count_nonzero(weights))
+            num_weighted = int(np.count_nonzero((weights != 0) & (weights != 1)))
+            if num_weighted:
+                ledger["tokens_weighted"] += num_weighted
     ledger["tokens_masked"] = ledger["tokens_kept"] - ledger["tokens_supervised"]
-    weights = [segment.streams["weights"] for tree in trees for segment in tree if "weights" in segment.streams]
-    num_weighted = sum(int(np.count_nonzero((w != 0) & (w != 1))) for w in weights)
-    if num_weighted:
-        ledger["tokens_weighted"] += num_weighted
     if ledger["tokens_supervised"] == 0:
         raise DataError(
             f"no token is supervised ({ledger['read']} examples read, {ledger['dropped']} dropped); "
             "check the roles of the messages, the chat template and too_long"
         )
     return trees
-
-
-def attach_streams(trees: Sequence[Tree], streams: dict[str, Array]) -> list[Tree]:
-    """Hand flat arrays over all tokens of all trees (in order) out to their segments."""
-    total = sum(tree_length(tree) for tree in trees)
-    for name, values in streams.items():
-        if len(values) != total:
-            raise DataError(
-                f"the annotation {name!r} covers {len(values)} tokens, the data has {total}: it was made from other "
-                "data, another tokenizer or another context; annotate again"
-            )
-    out, offset = [], 0
-    for tree in trees:
-        segments = []
-        for segment in tree:
-            part = slice(offset, offset + len(segment))
-            own = {**segment.streams, **{name: values[part] for name, values in streams.items()}}
-            segments.append(Segment(segment.tokens, segment.parent, own, segment.marks))
-            offset += len(segment)
-        out.append(tuple(segments))
-    return out

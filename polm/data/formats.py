@@ -103,7 +103,7 @@ _ALL = (
         Preference,
         build_preference,
         "chosen rejected",
-        f"prompt conversations messages instruction input history system tools {MEDIA}",
+        f"prompt conversations messages instruction input history system margin tools {MEDIA}",
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
     ),
     _format(
@@ -111,7 +111,7 @@ _ALL = (
         Preference,
         build_preference,
         "chosen rejected",
-        "",
+        "margin",
         '{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "\\n\\nHuman: ...\\n\\nAssistant: ..."}',
     ),
     _format(

@@ -69,6 +69,21 @@ def read_weight(place: str, row: Mapping[str, Any], column: str = "weight") -> f
     return float(value)
 
 
+def read_margin(place: str, row: Mapping[str, Any]) -> float:
+    """The optional `margin` of a pair: a number of at least 0; 0 where it is absent."""
+    value: Any = row.get("margin")
+    if value is None or value == "":
+        return 0.0
+    if isinstance(value, str):
+        value = parse_json(value, f"{place}: margin")
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise DataError(
+            f"{place}: margin must be a number of at least 0 (how much better chosen is), found {value!r:.40}; swap "
+            "the answers of a pair whose margin is below 0, or remove a column of that name that means something else"
+        )
+    return float(value)
+
+
 def read_weights(place: str, values: object, what: str) -> tuple[float, ...]:
     """A list of numbers of at least 0."""
     if isinstance(values, str):
@@ -182,10 +197,13 @@ def _finish_conversation(place: str, row: Row, given: list[Any], column: str) ->
 
 
 def build_preference(place: str, row: Row) -> Preference:
-    """A pair with an explicit prompt (a string, messages, or Alpaca's columns), or with what both have in common."""
+    """A pair with an explicit prompt (a string, messages, or Alpaca's columns), or with what both have in common.
+
+    A column `margin` says how much better the chosen answer is.
+    """
     refuse_unsupported(place, row)
     require_columns(place, row, ["chosen", "rejected"], PREFERENCE_FORMATS)
-    begin = _build_prompt_messages(place, row)
+    begin = build_prompt_messages(place, row)
     sides = [_build_side(place, row[column], column, begin is None) for column in ("chosen", "rejected")]
     if begin is None:
         num_common = _count_common_messages(*sides)
@@ -203,7 +221,8 @@ def build_preference(place: str, row: Row) -> Preference:
         replies.append(reply[0]["content"])
     if not begin:
         raise DataError(f"{place}: chosen and rejected have no common beginning, so there is no prompt")
-    return Preference(begin, *replies)
+    chosen, rejected = replies
+    return Preference(begin, chosen, rejected, read_margin(place, row))
 
 
 def build_feedback(place: str, row: Row) -> Feedback:
@@ -263,8 +282,8 @@ def _add_system(row: Row, messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _build_prompt_messages(place: str, row: Row) -> list[Message] | None:
-    """The explicit prompt of a pair; None where there is none."""
+def build_prompt_messages(place: str, row: Row) -> list[Message] | None:
+    """The explicit prompt of a row; None where there is none."""
     if "prompt" not in row and "instruction" in row:
         return _add_system(row, _build_alpaca_prompt(place, row))
     column = next((name for name in ("conversations", "messages", "prompt") if name in row), None)
@@ -318,7 +337,8 @@ def build_prompt(place: str, row: Row) -> Prompt:
         answer = after.strip()
     verifier = require_string(place, row, "verifier") if "verifier" in row else choose_verifier(answer)
     question = require_string(place, {"prompt": prompt}, "prompt")
-    return Prompt(question, answer, verifier, **optional, numbers=read_numbers(place, row))
+    task, solution = optional.get("task", ""), optional.get("solution", "")
+    return Prompt(question, answer, verifier, task, solution, read_numbers(place, row))
 
 
 PROMPT_FORMATS = '{"prompt": "...", "answer": "...", "verifier": "number"}, and optionally task, solution, numbers'

@@ -4,41 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
+from polm.data.tree_store import measure_trees
 from polm.errors import DataError
-from polm.tokens import Step, Tree, collate, tree_length
+from polm.tokens import Array, Step, Tree, collate
+
+PACK_AT_ONCE = 1 << 16  # items that are Python numbers at a time
 
 
-def pack_best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
+class Bins(Sequence[list[int]]):
+    """The items of each bin, in the order in which they came; a few bytes an item, however many there are."""
+
+    def __init__(self, members: Array, starts: Array):
+        self._members, self._starts = members, starts  # int32 [items], int64 [bins + 1]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"bin {index} of {len(self)}")
+        found: list[int] = self._members[self._starts[index] : self._starts[index + 1]].tolist()
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def pack_best_fit(lengths: Sequence[int] | Array, capacity: int, order: Sequence[int] | Array) -> Bins:
     """Assign items, taken in `order`, each to the open bin with the least room that still holds it.
 
     Returns the item indices of each bin. O(items) with a bit set of the rooms that occur. Raises DataError when an
     item is longer than `capacity`.
     """
-    bins: list[list[int]] = []
+    sizes, items = np.asarray(lengths, dtype=np.int64), np.asarray(order, dtype=np.int32)
+    if len(items) and sizes[items].max() > capacity:
+        item = int(items[np.argmax(sizes[items] > capacity)])
+        raise DataError(f"item {item} has {sizes[item]} tokens, more than a bin of {capacity}; raise bin_tokens")
+    bin_of = np.empty(len(items), dtype=np.int32)  # of the item at each place of the order
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set while some open bin has exactly r tokens of room
-    for item in order:
-        need = lengths[item]
-        if need > capacity:
-            raise DataError(f"item {item} has {need} tokens, more than a bin of {capacity}; raise bin_tokens")
-        fitting = rooms >> need
-        if fitting:
-            room = need + (fitting & -fitting).bit_length() - 1
-            chosen = by_room[room].pop()
-            if not by_room[room]:
-                rooms &= ~(1 << room)
-            bins[chosen].append(item)
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([item])
-        left = room - need
-        by_room[left].append(chosen)
-        rooms |= 1 << left
-    return bins
+    rooms = num_bins = 0  # bit r of rooms is set while some open bin has exactly r tokens of room
+    for first in range(0, len(items), PACK_AT_ONCE):
+        for place, need in enumerate(sizes[items[first : first + PACK_AT_ONCE]].tolist(), start=first):
+            fitting = rooms >> need
+            if fitting:
+                room = need + (fitting & -fitting).bit_length() - 1
+                chosen = by_room[room].pop()
+                if not by_room[room]:
+                    rooms &= ~(1 << room)
+            else:
+                room, chosen = capacity, num_bins
+                num_bins += 1
+            bin_of[place] = chosen
+            left = room - need
+            by_room[left].append(chosen)
+            rooms |= 1 << left
+    starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=num_bins))])
+    return Bins(items[np.argsort(bin_of, kind="stable")], starts)
 
 
 @dataclass(frozen=True)
@@ -50,7 +83,7 @@ class PackedTrees:
     """
 
     trees: Sequence[Tree]
-    bins: Sequence[Sequence[int]]
+    bins: Bins
     bins_per_update: int
     micro_bins: int
     num_updates: int
@@ -127,11 +160,10 @@ def pack_trees(
 
     Packing order depends on `seed` and the lengths alone, so the arms of an experiment share it.
     """
-    if not trees:
+    if not len(trees):
         raise DataError("there is nothing to train on: every example was dropped, or the file is empty")
-    lengths = [tree_length(tree) for tree in trees]
-    order = np.random.default_rng((seed, 0)).permutation(len(trees)).tolist()
-    bins = pack_best_fit(lengths, bin_tokens, order)
+    order = np.random.default_rng((seed, 0)).permutation(len(trees))
+    bins = pack_best_fit(measure_trees(trees), bin_tokens, order)
     if updates is None:
         updates = max(1, round((epochs or 1.0) * len(bins) / bins_per_update))
     return PackedTrees(trees, bins, bins_per_update, micro_bins, updates, seed)

@@ -9,7 +9,8 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from polm.data.normalise import (
     build_feedback,
     build_preference,
     build_prompt,
+    build_prompt_messages,
     build_stepwise,
     require_columns,
 )
@@ -31,30 +33,41 @@ from polm.data.records import Preference as Preference
 from polm.data.records import Prompt as Prompt
 from polm.errors import DataError, StoreError
 
+PROMPT_COLUMNS = frozenset(field.name for field in fields(Prompt)) - {"columns"}
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 
 
-def read_weighted_documents(path: Path) -> list[Document]:
+def iterate_documents(path: Path) -> Iterator[Document]:
     """Reads plain documents: {"text": ...} rows, or a `.txt` file with blank lines between documents."""
-    return [build_document(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (build_document(f"{path}:{line}", row) for line, row in read_rows(path))
+
+
+def read_weighted_documents(path: Path) -> list[Document]:
+    """All of `iterate_documents`."""
+    return list(iterate_documents(path))
 
 
 def read_documents(path: Path) -> list[str]:
-    """The texts of `read_weighted_documents`."""
-    return [document.text for document in read_weighted_documents(path)]
+    """The texts of `iterate_documents`."""
+    return [document.text for document in iterate_documents(path)]
 
 
-def read_conversations(path: Path) -> list[Conversation]:
+def iterate_conversations(path: Path) -> Iterator[Conversation]:
     """Reads conversations; each row may have a format of its own (see CONVERSATION_FORMATS).
 
     Raises:
         DataError: an unknown layout, an unknown role, contents that are not text, records that refer to images or
             other media, or a conversation in which the assistant says nothing.
     """
-    return [_build_conversation(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (_build_conversation(f"{path}:{line}", row) for line, row in read_rows(path))
 
 
-def read_preferences(path: Path) -> list[Preference]:
+def read_conversations(path: Path) -> list[Conversation]:
+    """All of `iterate_conversations`."""
+    return list(iterate_conversations(path))
+
+
+def iterate_preferences(path: Path) -> Iterator[Preference]:
     """Reads preference pairs (see `normalise.PREFERENCE_FORMATS`).
 
     Without a prompt, the prompt is what the two conversations have in common at their beginning. An empty reply is
@@ -63,12 +76,22 @@ def read_preferences(path: Path) -> list[Preference]:
     Raises:
         DataError: an unknown layout, or replies of more than one message.
     """
-    return [build_preference(f"{path}:{line}", row) for line, row in read_rows(path)]
+    return (build_preference(f"{path}:{line}", row) for line, row in read_rows(path))
+
+
+def read_preferences(path: Path) -> list[Preference]:
+    """All of `iterate_preferences`."""
+    return list(iterate_preferences(path))
+
+
+def iterate_feedback(path: Path) -> Iterator[Feedback]:
+    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
+    return (build_feedback(f"{path}:{line}", row) for line, row in read_rows(path))
 
 
 def read_feedback(path: Path) -> list[Feedback]:
-    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
-    return [build_feedback(f"{path}:{line}", row) for line, row in read_rows(path)]
+    """All of `iterate_feedback`."""
+    return list(iterate_feedback(path))
 
 
 def is_feedback(path: Path) -> bool:
@@ -81,14 +104,51 @@ def read_stepwise(path: Path) -> list[Stepwise]:
     return [build_stepwise(f"{path}:{line}", row) for line, row in read_rows(path)]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Reads prompts with verifiable answers (see PROMPT_FORMATS); here each must name its verifier."""
+def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
+    """Reads prompts with verifiable answers (see PROMPT_FORMATS); here each must name its verifier.
+
+    Without `judged` a prompt is enough: answer and verifier may be missing, and are then empty.
+    """
     prompts = []
     for line, row in read_rows(path):
         place = f"{path}:{line}"
-        require_columns(place, row, ["prompt", "answer", "verifier"], PROMPT_FORMATS)
-        prompts.append(build_prompt(place, row))
+        if judged:
+            require_columns(place, row, ["prompt", "answer", "verifier"], PROMPT_FORMATS)
+        found = build_prompt(place, row if judged else {"answer": "", "verifier": "", **row})
+        columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
+        prompts.append(replace(found, columns=columns) if columns else found)
     return prompts
+
+
+def read_prompt_messages(path: Path) -> list[list[Message]]:
+    """Reads prompts that nobody needs to verify: {"prompt": a string or messages}; other columns are not read.
+
+    Raises:
+        DataError: no prompt, or one in which the user does not speak last.
+    """
+    prompts = []
+    for line, row in read_rows(path):
+        messages = build_prompt_messages(f"{path}:{line}", row)
+        if messages is None:
+            require_columns(f"{path}:{line}", row, ["prompt"], '{"prompt": "..."} or {"prompt": [messages]}')
+            raise AssertionError("a column prompt is a prompt")
+        if messages[-1]["role"] != "user":
+            raise DataError(
+                f"{path}:{line}: a prompt must end with the user's message, found {messages[-1]['role']}; take the "
+                "last message out"
+            )
+        prompts.append(messages)
+    return prompts
+
+
+def has_answers(path: Path) -> bool:
+    """Whether the first row of a prompts file has an answer or a verifier; if not, a model or a function judges."""
+    return any("answer" in row or "verifier" in row for _, row in islice(read_rows(path), 1))
+
+
+def read_any_prompts(path: Path) -> Sequence[Prompt | list[Message]]:
+    """`read_prompts` of a file with answers, `read_prompt_messages` of one without."""
+    return read_prompts(path) if has_answers(path) else read_prompt_messages(path)
 
 
 def _build_conversation(place: str, row: Row) -> Conversation:
@@ -136,6 +196,19 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         _remove_quietly(temporary)
         raise
     return num_rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value, whole or not at all; DataError for NaN and the like, StoreError where it cannot write."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except ValueError as error:
+        raise DataError(f"{path} cannot be written as JSON: {error}") from error
+    except OSError as error:
+        _remove_quietly(temporary)
+        raise _describe_write_error(error, path) from error
 
 
 def _remove_quietly(path: Path) -> None:

@@ -7,7 +7,7 @@ A message is a plain object as chat templates take it: `role`, `content`, and fo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,11 +49,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """One comparison: the messages so far, the preferred reply and the other one."""
+    """One comparison: the messages so far, the preferred reply and the other one.
+
+    `margin` says how much better the preferred one is, at least 0 (0 = not said); reward models read it.
+    """
 
     prompt: list[Message]
     chosen: str
     rejected: str
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ class Stepwise:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question whose reply a verifier can judge; `numbers` fills N0, N1, ... for the verifier "expression"."""
+    """One question whose reply a verifier can judge; `numbers` fills N0, N1, ... for the verifier "expression".
+
+    `columns` is what else its row holds, for reward functions.
+    """
 
     prompt: str
     answer: str
@@ -84,6 +91,13 @@ class Prompt:
     task: str = ""
     solution: str = ""
     numbers: tuple[float, ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The row as whoever judges an answer reads it."""
+        own = {"prompt": self.prompt, "answer": self.answer, "verifier": self.verifier}
+        return {**own, "task": self.task, "solution": self.solution, "numbers": self.numbers, **self.columns}
 
 
 Record = Document | Conversation | Preference | Feedback | Stepwise | Prompt
@@ -102,7 +116,8 @@ def build_row(record: Record) -> Row:
         case Conversation():
             return _build_conversation_row(record)
         case Preference():
-            return {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+            row = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+            return {**row, "margin": record.margin} if record.margin else row
         case Feedback():
             return {"prompt": record.prompt, "completion": record.completion, "label": record.label}
         case Stepwise():

@@ -7,6 +7,7 @@ saved: a killed run goes on to the same bits.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ from polm.engine.optimizer import build_optimizers, set_rate
 from polm.engine.schedule import compute_rate_factor
 from polm.engine.score import score
 from polm.errors import NonFiniteError
-from polm.recipe import TrainSettings
+from polm.models.actor_critic import Trained
+from polm.recipe import OptimizerSettings, TrainSettings
 from polm.tokens import Metric, Objective, Step, TokenBatch
 
 COUNT = "count/"  # metrics of this prefix are summed over the whole run, for the ledger
@@ -37,7 +39,7 @@ class BatchSource(Protocol):
     @property
     def num_updates(self) -> int: ...
 
-    def step(self, update: int, model: PreTrainedModel) -> Step: ...
+    def step(self, update: int, model: Any) -> Step: ...
 
     def resumable(self, update: int) -> bool:
         """Whether a run may restart at `update` (false inside a rollout that serves several updates)."""
@@ -54,11 +56,21 @@ class FitResult:
     last: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module of the model that is trained with optimizers of its own, its gradient clipped apart; `name` is that of
+    its gradient's norm in the log."""
+
+    name: str
+    module: PreTrainedModel
+    settings: OptimizerSettings
+
+
 Report = Callable[[Mapping[str, Any]], None]
 
 
 def fit(
-    model: PreTrainedModel,
+    model: Trained,
     source: BatchSource,
     objective: Objective,
     settings: TrainSettings,
@@ -66,15 +78,18 @@ def fit(
     *,
     temperature: float = 1.0,
     report: Report | None = None,
+    parts: Sequence[Part] = (),
 ) -> FitResult:
     """Train `model` in place and write `metrics.jsonl` into `workdir`; goes on from a checkpoint found there.
 
-    `report` receives each logged line (see `_line` for its keys). Raises NonFiniteError, with the batch saved, when
-    the loss or the gradient is not finite, and StoreError when a checkpoint cannot be written.
+    `parts` are what the model consists of (default: it is one, with the optimizer of the settings). `report` receives
+    each logged line (see `_line` for its keys). Raises NonFiniteError, with the batch saved, when the loss or the
+    gradient is not finite, and StoreError when a checkpoint cannot be written.
     """
     device = model.device.type
     bf16 = use_bf16(settings.precision, device)
-    optimizers = build_optimizers(model, settings.optimizer, bf16=bf16)
+    parts = parts or [Part("", model, settings.optimizer)]
+    optimizers = [optimizer for part in parts for optimizer in build_optimizers(part.module, part.settings, bf16=bf16)]
     progress = restore_checkpoint(workdir, model, optimizers)
     log = MetricsLog(workdir / "metrics.jsonl", progress.update)
     model.train()
@@ -86,7 +101,7 @@ def fit(
         step = source.step(update, model)
         loss, measured = accumulate(model, step.batches, objective, temperature, bf16)
         metrics, counts = split_counts({**measured, **step.metrics}, progress.counts)
-        norm = _clip(model, settings.optimizer.clip_norm)
+        norm, metrics = _clip_parts(parts, metrics)
         _require_finite(loss, norm, step.batches, update, workdir)
         for optimizer in optimizers:
             optimizer.step()
@@ -122,7 +137,7 @@ def split_counts(measured: Mapping[str, Any], before: Mapping[str, int]) -> tupl
 
 
 def accumulate(
-    model: PreTrainedModel, batches: Sequence[TokenBatch], objective: Objective, temperature: float, bf16: bool
+    model: Trained, batches: Sequence[TokenBatch], objective: Objective, temperature: float, bf16: bool
 ) -> tuple[float, dict[str, Any]]:
     """Gradients of sum(totals) / sum(denominators) over the micro-batches of one update, left in `.grad`.
 
@@ -156,6 +171,15 @@ def _add(before: tuple[Tensor, Tensor] | None, metric: Metric) -> tuple[Tensor, 
     total = metric.total.detach().cpu().double()
     count = torch.as_tensor(metric.count).detach().cpu().double()
     return (total, count) if before is None else (before[0] + total, before[1] + count)
+
+
+def _clip_parts(parts: Sequence[Part], metrics: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Clip each part's gradient. Returns the first norm that is not finite, or else the first part's; and the metrics
+    with those of the other parts."""
+    norms = [_clip(part.module, part.settings.clip_norm) for part in parts]
+    more = {f"grad_norm/{part.name}": norm for part, norm in zip(parts[1:], norms[1:], strict=True)}
+    bad = [norm for norm in norms if not math.isfinite(norm)]
+    return bad[0] if bad else norms[0], {**metrics, **more}
 
 
 def _clip(model: PreTrainedModel, clip_norm: float) -> float:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from polm.engine.muon import Muon
 from polm.errors import ModelError
+from polm.models.heads import find_scalar_head
 from polm.recipe import OptimizerSettings
 
 
@@ -62,9 +63,10 @@ def split_parameters(
         raise ModelError("the model has no trainable parameter")
     if settings.kind == "adamw":
         return [], trainable
-    # Tables: the model's own embeddings and those of virtual tokens.
+    # Tables: the model's own embeddings and those of virtual tokens, and the layer that gives logits or values.
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    tables.add(id(model.get_output_embeddings().weight))
+    heads = (model.get_output_embeddings(), find_scalar_head(model))
+    tables |= {id(head.weight) for head in heads if head is not None}
     matrices = [p for p in trainable if p.ndim == 2 and not is_vector(p) and id(p) not in tables]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in trainable if id(p) not in chosen]

@@ -6,14 +6,19 @@ Shape suffixes: N targets, D width, V vocabulary, K token ids scored per target 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polm.errors import ModelError
+from polm.models.actor_critic import ActorCritic, Trained
 from polm.models.forest_attention import round_rows
+from polm.models.heads import compute_values, find_scalar_head
 from polm.models.loading import compute_hidden, output_head
+from polm.signals.noise import draw_embedding_noise
 from polm.tokens import Needs, Scores, TokenBatch
 
 MAX_LOGITS = 1 << 24  # logits of one chunk: 64 MB in float32
@@ -25,7 +30,7 @@ def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def score(
-    model: PreTrainedModel,
+    model: Trained,
     batch: TokenBatch,
     needs: Needs | None = None,
     *,
@@ -34,13 +39,27 @@ def score(
 ) -> Scores:
     """Score every target of `batch` (on the model's device) under `model`.
 
-    `temperature` divides the logits, so that a tempered policy is trained as it was sampled. Gradients flow to the
-    model when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
+    `temperature` divides the logits, so that a tempered policy is trained as it was sampled. `needs.embedding_noise`
+    is drawn from the batch's seed; only the training loop asks for it, by its objective. Gradients flow to the model
+    when they are enabled. With bf16 the products run in bfloat16 and the log-softmax in float32.
+
+    A scalar model gives values (`needs.values`) and nothing else, a policy with its critic both; ModelError where an
+    objective and a model do not fit.
     """
     needs = needs or Needs()
+    if isinstance(model, ActorCritic):
+        scores = score(model.policy, batch, replace(needs, values=False), temperature=temperature, bf16=bf16)
+        values = score(model.critic, batch, Needs(values=True), bf16=bf16) if needs.values else None
+        return scores if values is None else replace(scores, values_TL=values.values_TL)
     device = batch.tokens_T.device.type
+    _require_fit(model, needs)
+    noise_TD = None
+    if needs.embedding_noise:
+        noise_TD = draw_embedding_noise(batch, int(model.get_input_embeddings().weight.shape[1]), needs.embedding_noise)
     with autocast(device, bf16):
-        hidden_TD = compute_hidden(model, batch, round_up=bf16)
+        hidden_TD = compute_hidden(model, batch, round_up=bf16, noise_TD=noise_TD)
+    if needs.values:
+        return Scores(hidden_TD.new_zeros(0), values_TL=compute_values(model, hidden_TD))
     ids_NK = batch.target_tokens_N[:, None]
     if needs.candidates is not None:
         ids_NK = torch.cat([ids_NK, batch.at_targets(needs.candidates)], dim=1)
@@ -59,6 +78,18 @@ def score(
         candidates_NK=logprobs_NK[:num_targets, 1:] if needs.candidates is not None else None,
         collisions_N=_score_collisions(hidden_ND[:num_targets], weight, temperature, cap) if needs.collisions else None,
     )
+
+
+def _require_fit(model: PreTrainedModel, needs: Needs) -> None:
+    """A model has a vocabulary or values; an objective reads the one or the other."""
+    is_scalar = find_scalar_head(model) is not None
+    if is_scalar and not needs.values:
+        raise ModelError(
+            f"this {model.config.model_type} model gives values and no log-probabilities (it is a reward model or a "
+            "critic); give a causal language model"
+        )
+    if needs.values and needs != Needs(values=True):
+        raise ModelError(f"values come from a model without a vocabulary; {needs} cannot be had from one model")
 
 
 @torch.no_grad()

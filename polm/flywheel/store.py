@@ -32,7 +32,8 @@ from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerpri
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
 from polm.models.adapters import is_adapter_folder, locate_base
-from polm.recipe import DataStage, FilesData, FolderData, WordProblemsData
+from polm.recipe_data import DataStage, FilesData, FolderData, WordProblemsData
+from polm.recipe_rewards import RewardSettings
 from polm.stages.common import Context, Stage, StageResult, model_folder
 
 MANIFEST = "manifest.json"
@@ -48,6 +49,9 @@ def compute_key(stage: Stage, settings: Settings, input_keys: Mapping[str, str])
         values["data"]["path"] = fingerprint_path(path) if path.exists() else str(path)
     if isinstance(settings, DataStage) and isinstance(settings.data, FilesData):
         values["data"] = _fingerprint_paths(values["data"])
+    if isinstance(settings, RewardSettings) and settings.reward_function is not None:
+        file, _, name = settings.reward_function.rpartition(":")
+        values["reward_function"] = [fingerprint_path(Path(file)) if Path(file).is_file() else file, name]
     return fingerprint_values(
         {"stage": stage.name, "version": stage.version, "settings": values, "inputs": dict(input_keys)}
     )

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.errors import ModelError, UserError
 from polm.models.forest_attention import FOREST
-from polm.models.loading import build_check_ids, check_forest, first_line, locate, whole_folder
+from polm.models.loading import build_check_ids, check_forest_logits, first_line, locate, whole_folder
 from polm.models.virtual import VIRTUAL, VirtualTokens
 from polm.recipe_adapter import AdapterSettings
 
@@ -170,7 +170,7 @@ def _adopt(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         setattr(model, VIRTUAL, functools.partial(_read_virtual, adapter))
     ids = build_check_ids(model)
     model.eval()
-    check_forest(model, ids, _compute_own_logits(model, adapter, ids), adapter.base)
+    check_forest_logits(model, ids, _compute_own_logits(model, adapter, ids), adapter.base)
     return model.train()
 
 
@@ -253,7 +253,7 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     delattr(merged, ADAPTER)
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
-    check_forest(merged, ids, expected, f"{adapter.base} with its adapter merged")
+    check_forest_logits(merged, ids, expected, f"{adapter.base} with its adapter merged")
     return merged.train()
 
 

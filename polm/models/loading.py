@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from polm.models.virtual import PrefixPlan, read_virtual
 from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
 PLAIN_DECODER = "Use a plain attention decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)"
 LOADING_CURE = (
     "If it is a folder, its files are damaged or incomplete: copy or download it again. If it is a hub id, check its "
@@ -96,13 +98,23 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
-    if report["missing_keys"]:  # transformers would go on with random numbers in their place
-        missing = sorted(report["missing_keys"])
+    if any(key.startswith(("score.", "classifier.")) for key in report["unexpected_keys"]):
+        raise ModelError(
+            f"the model {name} is a reward model or another classifier, and a causal language model is needed here; "
+            "give the model that it was made from"
+        )
+    require_all_weights(report["missing_keys"], name)
+    return prepare_model(model if more else model.to(device), name)
+
+
+def require_all_weights(missing_keys: Iterable[str], name: str) -> None:
+    """ModelError for weights that a checkpoint lacks: transformers would go on with random numbers in their place."""
+    missing = sorted(missing_keys)
+    if missing:
         raise ModelError(
             f"the model {name} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …): its weight files and "
             "its config.json do not belong together, or a file is missing; copy or download it again"
         )
-    return prepare_model(model if more else model.to(device), name)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -120,6 +132,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         )
     out: PreTrainedTokenizerFast = tokenizer
     return out
+
+
+def model_folder(source: str) -> str:
+    """A stage's artifact holds its model or adapter in `model/`; anything else is taken as it is."""
+    inner = Path(source) / "model"
+    return str(inner) if any((inner / name).is_file() for name in ("config.json", ADAPTER_CONFIG)) else source
 
 
 def require_source(source: str | Path, what: str) -> str:
@@ -150,17 +168,41 @@ def first_line(error: BaseException) -> str:
 
 
 def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Switch a model to the forest attention and check that it computes the same numbers."""
+    """Switch a causal language model to the forest attention and check that it computes the same numbers."""
+    return switch_to_forest(
+        model,
+        name,
+        own=lambda ids: torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].float(), -1),
+        read=partial(read_logprobs, model),
+        what="log-probabilities",
+        kind="a causal language model",
+    )
+
+
+Compute = Callable[[torch.Tensor], torch.Tensor]
+
+
+def switch_to_forest(
+    model: PreTrainedModel, name: str, *, own: Compute, read: Compute, what: str, kind: str
+) -> PreTrainedModel:
+    """Switch any decoder to the forest attention, and hold what it computes there against its own forward pass.
+
+    own    token ids [T] -> numbers [T, ...] of the model's own forward
+    read   hidden states [T, width] of the forest -> the same numbers
+    what   names the numbers and `kind` the model, for errors
+
+    Raises ModelError where they differ, are not finite, or cannot be computed.
+    """
     _refuse_shared_frequencies(model, name)
     check_ids = build_check_ids(model)
     model.eval()
     with torch.no_grad():
         try:
-            expected = model(input_ids=check_ids[None], use_cache=False).logits[0].float()
+            expected = own(check_ids)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"{name} does not run as a causal language model: {first_line(error)}") from error
+            raise ModelError(f"{name} does not run as {kind}: {first_line(error)}") from error
     if not torch.isfinite(expected).all():
-        raise ModelError(f"{name} gives logits that are not finite: its weights are damaged; copy or download it again")
+        raise ModelError(f"{name} gives {what} that are not finite: its weights are damaged; copy or download it again")
     if not hasattr(model.config.get_text_config(), "num_attention_heads"):
         raise ModelError(f"{name} ({model.config.model_type}) has layers without attention. {PLAIN_DECODER}")
     try:
@@ -172,7 +214,7 @@ def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
             module.attention_dropout = 0.0
         if isinstance(inner := getattr(module, "attn_dropout", None), nn.Dropout):
             inner.p = 0.0
-    check_forest(model, check_ids, expected, name)
+    check_forest(model, check_ids, expected, read, name, what)
     return model.train()
 
 
@@ -188,43 +230,60 @@ def _refuse_shared_frequencies(model: PreTrainedModel, name: str) -> None:
 
 
 def build_check_ids(model: PreTrainedModel) -> torch.Tensor:
-    """A few random tokens to compare two forwards on."""
+    """Twelve token ids to compare two forwards on, without the padding token, which a classifier would leave out."""
     size = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, size, (12,), generator=generator).to(model.device)
+    ids = torch.randint(0, size, (12,), generator=generator)
+    pad = model.config.get_text_config().pad_token_id
+    return (ids if pad is None else torch.where(ids == pad, (ids + 1) % size, ids)).to(model.device)
 
 
-def check_forest(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.Tensor, name: str) -> None:
+def check_forest_logits(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.Tensor, name: str) -> None:
+    """`check_forest` on the log-probabilities of a language model, whose own logits are `expected_TV`."""
+    expected = torch.log_softmax(expected_TV, -1)
+    check_forest(model, ids, expected, partial(read_logprobs, model), name, "log-probabilities")
+
+
+def read_logprobs(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [N, V] from hidden states."""
+    return torch.log_softmax(output_logits(model, hidden_ND), -1)
+
+
+def check_forest(
+    model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor, read: Compute, name: str, what: str
+) -> None:
     """A stranger, then a prompt and its continuation as a child: the second tree must see only itself.
 
-    `expected_TV` are the logits of `ids` [T] by the model's own forward. Raises ModelError where ours differ.
+    `expected` is what `read` must make of the forest's hidden states of `ids` [T]. ModelError where it differs.
     """
     numbers = ids.cpu().numpy()
     batch = collate([build_document(numbers[::-1].copy()), build_completions(numbers[:5], [numbers[5:]])])
     with torch.no_grad():
         try:
-            hidden = compute_hidden(model, batch.to(model.device))[len(numbers) :]
-            logits = output_logits(model, hidden)
+            found = read(compute_hidden(model, batch.to(model.device))[len(numbers) :])
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             kind = model.config.model_type
             raise ModelError(f"{name} ({kind}) does not run as a token forest: {error}. {PLAIN_DECODER}") from error
-    gap = float((torch.log_softmax(logits, -1) - torch.log_softmax(expected_TV, -1)).abs().max())
+    gap = float((found - expected).abs().max())
     low_precision = next(model.parameters()).dtype != torch.float32 or getattr(model, "is_quantized", False)
     if not gap <= (0.2 if low_precision else CHECK_TOLERANCE):
         raise ModelError(
-            f"{name} ({model.config.model_type}) gives other log-probabilities as a token forest than on its own "
-            f"(largest difference {gap:.2g}): it carries state along the stream, or treats its logits in a way that "
+            f"{name} ({model.config.model_type}) gives other {what} as a token forest than on its own "
+            f"(largest difference {gap:.2g}): it carries state along the stream, or treats its outputs in a way that "
             f"polm does not reproduce. {PLAIN_DECODER}"
         )
 
 
-def compute_hidden(model: PreTrainedModel, batch: TokenBatch, *, round_up: bool = False) -> torch.Tensor:
+def compute_hidden(
+    model: PreTrainedModel, batch: TokenBatch, *, round_up: bool = False, noise_TD: torch.Tensor | None = None
+) -> torch.Tensor:
     """Final hidden states of the stream, [T, width], after the last norm.
 
     A model's virtual tokens stand above all trees (`models/virtual.py`); their own states are not returned.
     With `round_up` the products run over a round number of rows (see `round_rows`); the spare rows are cut off again.
+    `noise_TD` is added to what the embedding layer gives.
     """
     virtual = read_virtual(model)
     before = virtual.num if virtual is not None else 0
@@ -235,8 +294,14 @@ def compute_hidden(model: PreTrainedModel, batch: TokenBatch, *, round_up: bool 
     ids = nn.functional.pad(batch.tokens_T, (0, spare))
     positions = nn.functional.pad(batch.positions_T + before, (0, spare))
     tokens = {"input_ids": ids[None]}
+    is_above = virtual is not None and virtual.embeddings_PD is not None
+    if is_above or noise_TD is not None:
+        embedded_TD: torch.Tensor = model.get_input_embeddings()(ids)
+        if noise_TD is not None:
+            embedded_TD = embedded_TD + nn.functional.pad(noise_TD, (0, 0, 0, spare)).to(embedded_TD.dtype)
+        tokens = {"inputs_embeds": embedded_TD[None]}
     if virtual is not None and virtual.embeddings_PD is not None:
-        tokens = {"inputs_embeds": torch.cat([virtual.embeddings_PD, model.get_input_embeddings()(ids)])[None]}
+        tokens = {"inputs_embeds": torch.cat([virtual.embeddings_PD, tokens["inputs_embeds"][0]])[None]}
         positions = torch.cat([torch.arange(first, device=positions.device), positions])
     elif virtual is not None and virtual.layers is not None:
         plan = PrefixPlan(plan, virtual.num, virtual.layers)

@@ -2,6 +2,14 @@
 
 A completion is a segment with at least one target token.
 
+With level "sequence" the ratio is that of the whole completion, the product of its tokens' (RLOO, arXiv 2402.14740,
+treats a completion as one action): its loss is that of one action where `normalize` is "sequences".
+
+With `importance_cap` C the clipped part of the loss (not the KL) is multiplied by min(p_old / p_sampler, C), without a
+gradient: what the generator drew with other probabilities than the trainer's is weighted back (truncated importance
+sampling, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). p_old is the
+trainer's before the first update on the samples, so with one update a rollout the loss's own scores serve.
+
 Shape suffixes: N target tokens, S segments.
 """
 
@@ -18,6 +26,7 @@ from polm.signals.token_weights import compute_segment_sum
 from polm.tokens import Loss, Metric, Needs, Objective, Scores, TokenBatch
 
 Normalize = Literal["tokens", "sequences", "constant"]
+Level = Literal["token", "sequence"]
 
 
 def build_policy_gradient(
@@ -29,6 +38,8 @@ def build_policy_gradient(
     max_completion_tokens: int,
     unbiased_kl: bool = True,
     log_entropy: bool = False,
+    level: Level = "token",
+    importance_cap: float | None = None,
 ) -> Objective:
     """loss of a token = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_beta * kl.
 
@@ -41,18 +52,24 @@ def build_policy_gradient(
       "constant"   by the number of completions times `max_completion_tokens` (Dr. GRPO, arXiv 2503.20783)
 
     Reads the stream `advantages`; `old_logprobs` where there is one (without it the learner's own, detached: exactly
-    on-policy, the ratio is 1); `sampler_logprobs` where there is one, for `rl/sampler_gap` only; `ref_logprobs` when
+    on-policy, the ratio is 1); `sampler_logprobs` for `importance_cap`, and for metrics; `ref_logprobs` when
     kl_beta > 0. Raises RecipeError for a number out of range.
 
     Metrics (means over target tokens): `rl/ratio_mean`, `rl/clip_low_fraction` (ratio below, advantage negative),
     `rl/clip_high_fraction` (ratio above, advantage positive), `rl/approx_kl` (k3 of KL(old || learner)), `rl/kl` (the
     kl of the loss), `rl/entropy` (with `log_entropy`), `rl/sampler_gap` (|log p - log p_sampler|), and
-    `rl/sampler_gap_max`: the largest gap of a micro-batch, averaged over the update's micro-batches.
+    `rl/sampler_gap_max`: the largest gap of a micro-batch, averaged over the update's micro-batches. The same between
+    the trainer before the first update (p_old) and the generator: `rl/mismatch_mean`, `rl/mismatch_max`, and
+    `rl/mismatch_kl`, k3 of KL(sampler || old). With `importance_cap` also `rl/importance_mean` and
+    `rl/importance_capped_fraction`.
     """
-    _check(clip_low, clip_high, kl_beta, normalize, max_completion_tokens)
+    _check(clip_low, clip_high, kl_beta, normalize, max_completion_tokens, importance_cap)
+    extra = ("ref_logprobs",) * (kl_beta > 0.0) + ("sampler_logprobs",) * (importance_cap is not None)
 
     def compute(scores: Scores, batch: TokenBatch) -> Loss:
-        loss_N, per_token = compute_clipped(scores, batch, clip_low=clip_low, clip_high=clip_high)
+        loss_N, per_token = compute_clipped(scores, batch, clip_low=clip_low, clip_high=clip_high, level=level)
+        if importance_cap is not None:
+            loss_N = _correct_mismatch(loss_N, per_token, scores, batch, level, importance_cap)
         if kl_beta > 0.0:
             kl_N = compute_kl_k3(scores.logprobs_N.float(), batch.at_targets("ref_logprobs").float())
             if unbiased_kl:
@@ -63,17 +80,26 @@ def build_policy_gradient(
             assert scores.entropy_N is not None, "the policy gradient asked the engine for the entropy"
             per_token["rl/entropy"] = scores.entropy_N
         total, denominator = compute_normalized(loss_N, batch, normalize, max_completion_tokens)
-        return Loss(total, denominator, _build_metrics(per_token, scores.logprobs_N.detach(), batch))
+        return Loss(total, denominator, _build_metrics(per_token, scores, batch))
 
     return Objective(
         name="policy_gradient",
         compute=compute,
         needs=Needs(entropy=log_entropy),
-        reads=("weights", "advantages", "ref_logprobs") if kl_beta > 0.0 else ("weights", "advantages"),
+        reads=("weights", "advantages", *extra),
     )
 
 
-def _check(clip_low: float, clip_high: float, kl_beta: float, normalize: str, max_completion_tokens: int) -> None:
+def _check(
+    clip_low: float,
+    clip_high: float,
+    kl_beta: float,
+    normalize: str,
+    max_completion_tokens: int,
+    importance_cap: float | None,
+) -> None:
+    if importance_cap is not None and importance_cap <= 0.0:
+        raise RecipeError(f"policy gradient: importance_cap is {importance_cap}; it must be above 0, or left out")
     if not 0.0 <= clip_low <= 1.0 or clip_high < 0.0:
         raise RecipeError(f"policy gradient: clip_low is {clip_low} (in [0, 1]), clip_high is {clip_high} (at least 0)")
     if kl_beta < 0.0:
@@ -86,15 +112,40 @@ def _check(clip_low: float, clip_high: float, kl_beta: float, normalize: str, ma
         raise RecipeError(f"policy gradient: max_completion_tokens is {max_completion_tokens}; it must be at least 1")
 
 
+def _read_old_logprobs(scores: Scores, batch: TokenBatch) -> Tensor:
+    """log p of the trainer before the first update on these samples, [N], without a gradient."""
+    if "old_logprobs" in batch.streams:
+        return batch.at_targets("old_logprobs").float()
+    return scores.logprobs_N.float().detach()
+
+
+def _spread_over_level(values_N: Tensor, batch: TokenBatch, level: Level) -> Tensor:
+    """The values as they are, or at each token the sum over its completion, [N]."""
+    if level == "token":
+        return values_N
+    segments_N = batch.target_segments_N
+    return compute_segment_sum(values_N, segments_N, batch.num_segments)[segments_N]
+
+
+def _correct_mismatch(
+    loss_N: Tensor, per_token: dict[str, Tensor], scores: Scores, batch: TokenBatch, level: Level, cap: float
+) -> Tensor:
+    """The loss times min(p_old / p_sampler, cap), [N]; notes in `per_token` how much that was."""
+    gap_N = _read_old_logprobs(scores, batch) - batch.at_targets("sampler_logprobs").float()
+    weight_N = torch.exp(_spread_over_level(gap_N, batch, level))
+    per_token["rl/importance_capped_fraction"] = weight_N > cap
+    per_token["rl/importance_mean"] = weight_N.clamp(max=cap)
+    return loss_N * weight_N.clamp(max=cap)
+
+
 def compute_clipped(
-    scores: Scores, batch: TokenBatch, *, clip_low: float, clip_high: float
+    scores: Scores, batch: TokenBatch, *, clip_low: float, clip_high: float, level: Level = "token"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped loss of each target, [N], and what there is to log of it, each [N]; `rl/ratio_mean` is the ratio."""
     logprobs_N = scores.logprobs_N.float()
     advantages_N = batch.at_targets("advantages").float()
-    has_old = "old_logprobs" in batch.streams
-    old_N = batch.at_targets("old_logprobs").float() if has_old else logprobs_N.detach()
-    ratio_N = torch.exp(logprobs_N - old_N)
+    old_N = _read_old_logprobs(scores, batch)
+    ratio_N = torch.exp(_spread_over_level(logprobs_N - old_N, batch, level))
     clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
     per_token = {
         "rl/ratio_mean": ratio_N,
@@ -122,15 +173,19 @@ def compute_normalized(
 
 
 @torch.no_grad()
-def _build_metrics(per_token: dict[str, Tensor], logprobs_N: Tensor, batch: TokenBatch) -> dict[str, Metric]:
+def _build_metrics(per_token: dict[str, Tensor], scores: Scores, batch: TokenBatch) -> dict[str, Metric]:
     """Means over the target tokens, and the distance from the sampler's own log-probabilities where they are known."""
     weights_N = batch.at_targets("weights")
     metrics = {}
     if "sampler_logprobs" in batch.streams:
-        gap_N = (logprobs_N - batch.at_targets("sampler_logprobs").float()).abs()
-        per_token = {**per_token, "rl/sampler_gap": gap_N}
+        sampler_N = batch.at_targets("sampler_logprobs").float()
+        old_N = _read_old_logprobs(scores, batch)
+        gap_N, mismatch_N = (scores.logprobs_N - sampler_N).abs(), (old_N - sampler_N).abs()
+        kl_N = compute_kl_k3(sampler_N, old_N)
+        per_token = {**per_token, "rl/sampler_gap": gap_N, "rl/mismatch_mean": mismatch_N, "rl/mismatch_kl": kl_N}
         if len(gap_N):
             metrics["rl/sampler_gap_max"] = Metric(gap_N.max(), 1.0)
+            metrics["rl/mismatch_max"] = Metric(mismatch_N.max(), 1.0)
     for name, value_N in per_token.items():
         metrics[name] = Metric((weights_N * value_N.float()).sum(), weights_N.sum())
     return metrics

@@ -380,31 +380,34 @@ def compute_pair_weights(scores: Scores, batch: TokenBatch, chosen_P: Tensor, re
     return torch.exp(mean_S[chosen_P] + mean_S[rejected_P])
 
 
-def find_pairs(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def find_pairs(batch: TokenBatch, name: str = "dpo") -> tuple[Tensor, Tensor]:
     """Segment indices of the chosen and of the rejected completion of each tree, [P] and [P] int64.
 
-    Raises DataError where a tree has not exactly one of each, or one without target tokens.
+    `name` is the stage that errors name. Raises DataError where a tree has not exactly one of each, or one without
+    target tokens.
     """
     if "sign" not in batch.marks:
-        raise DataError("dpo: no segment carries the mark 'sign'; mark each pair's chosen child +1, its rejected -1")
+        raise DataError(
+            f"{name}: no segment carries the mark 'sign'; mark each pair's chosen child +1, its rejected -1"
+        )
     _, tree_S = torch.unique_consecutive(batch.trees_S, return_inverse=True)
     num_trees = int(tree_S[-1]) + 1
     num_targets_S = torch.bincount(batch.target_segments_N, minlength=batch.num_segments)
     sides = []
-    for sign, name in ((1.0, "chosen"), (-1.0, "rejected")):
+    for sign, answer in ((1.0, "chosen"), (-1.0, "rejected")):
         side = torch.nonzero(batch.marks["sign"] == sign)[:, 0]
         found = torch.bincount(tree_S[side], minlength=num_trees)
         if bool((found != 1).any()):
             tree = int(torch.nonzero(found != 1)[0])
             raise DataError(
-                f"dpo: tree {tree} of the batch has {int(found[tree])} {name} completions (mark sign = {sign:+.0f}), "
-                "expected exactly one; a tree is one prompt with one chosen and one rejected child"
+                f"{name}: tree {tree} of the batch has {int(found[tree])} {answer} completions (mark sign = {sign:+.0f}"
+                "), expected exactly one; a tree is one prompt with one chosen and one rejected child"
             )
         if bool((num_targets_S[side] == 0).any()):
             tree = int(tree_S[side[num_targets_S[side] == 0][0]])
             raise DataError(
-                f"dpo: the {name} completion of tree {tree} of the batch has no target tokens (weight other than 0); "
-                "drop the pair or cut its prompt"
+                f"{name}: the {answer} completion of tree {tree} of the batch has no target tokens (weight other than "
+                "0); drop the pair or cut its prompt"
             )
         sides.append(side)
     return sides[0], sides[1]

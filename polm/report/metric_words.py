@@ -8,8 +8,12 @@ COUNTERS = ("update", "num_updates", "tokens", "targets", "seconds", "eta_second
 FOLDED = (
     *("lr", "grad_norm", "tokens_per_second"),
     *("rl/approx_kl", "rl/ratio_mean", "rl/clip_low_fraction", "rl/clip_high_fraction", "rl/unjudged"),
-    *("rl/sampler_gap", "rl/sampler_gap_max"),
+    *("online/unjudged", "online/other_reward", "xpo/reference_logprob"),
+    *("rl/sampler_gap", "rl/sampler_gap_max", "rl/mismatch_mean", "rl/mismatch_max", "rl/mismatch_kl"),
+    *("rl/importance_mean", "rl/importance_capped_fraction", "rl/kl_penalty", "rl/kl_beta", "grad_norm/critic"),
+    *("ppo/policy_loss", "ppo/value_clip_fraction", "ppo/value_mean", "ppo/return_mean"),
     *("dpo/chosen_logprob", "dpo/rejected_logprob", "dpo/chosen_reward", "dpo/rejected_reward"),
+    *("reward/chosen", "reward/rejected", "steps/right", "steps/label"),
 )
 # The likelihood that every arm of mid-training logs in the same way, whatever its objective.
 PLAIN_NLL = "ntp/nll"
@@ -35,6 +39,10 @@ WORDS = {
         "token weight",
         "The average weight. Below one the stage also takes smaller steps than next-token prediction.",
     ),
+    "dft/probability": (
+        "probability",
+        "DFT: how likely the model finds the tokens that it is trained on, which is the weight of their losses.",
+    ),
     "rho1/kept_fraction": ("share of tokens", "The share of tokens that the loss keeps."),
     "rho1/kept_excess": ("nats per token", "How much better the reference predicts the kept tokens."),
     "rho1/mean_excess": ("nats per token", "How much better the reference predicts all tokens."),
@@ -45,11 +53,13 @@ WORDS = {
     ),
     "rl/reward": (
         "share of right answers",
-        "The share of sampled answers that the verifier calls right. A reward that rises while the benchmarks do not "
-        "is being gamed.",
+        "The share of sampled answers that the verifier calls right; with another source of rewards, the mean of its "
+        "rewards. A reward that rises while the benchmarks do not is being gamed.",
     ),
+    "rl/right": ("share of answers", "Answers that the verifier calls right, where the reward is more than that."),
+    "rl/greedy_reward": ("reward", "Mean reward of the greedy answers, which is the baseline of the others."),
     "rl/unparsed": ("share of answers", "Answers in which no result was found. They count as wrong."),
-    "rl/unjudged": ("share of answers", "Answers that the verifier gave up on. They should be none."),
+    "rl/unjudged": ("share of answers", "Answers that the verifier or the judge gave up on. They should be none."),
     "rl/length": ("tokens", "The average length of a sampled answer."),
     "rl/cut_off": ("share of answers", "Answers that hit the length limit. Many of them mean that the limit is low."),
     "rl/equal_groups": (
@@ -72,6 +82,46 @@ WORDS = {
         "How far the generator's log-probabilities are from the trainer's. It should be next to nothing.",
     ),
     "rl/sampler_gap_max": ("nats", "The largest gap of a single token between generator and trainer."),
+    "online/win_rate": (
+        "share of comparisons",
+        "How often the policy's answers beat the other side's (the reference's, or the mixture's); a tie counts half. "
+        "At the start it is a half.",
+    ),
+    "online/ties": ("share of comparisons", "Comparisons of equal rewards. They teach little; near one, nothing."),
+    "online/unjudged": ("share of comparisons", "Comparisons with an answer that was not judged. They should be none."),
+    "online/other_reward": ("reward", "The average reward of the other side's answers."),
+    "xpo/reference_logprob": (
+        "nats per answer",
+        "How likely the policy finds what the reference writes. XPO's optimism pushes it down, slowly.",
+    ),
+    "nash/preference": (
+        "probability",
+        "How probable it is that the policy's answer is the better one; ties are a half.",
+    ),
+    "nash/log_ratio": ("nats per answer", "How far the policy has moved from the reference, over its own answers."),
+    "rl/mismatch_mean": (
+        "nats per token",
+        "How far the generator's log-probabilities are from the trainer's before it learns from the samples.",
+    ),
+    "rl/mismatch_max": ("nats", "The largest such gap of a single token."),
+    "rl/mismatch_kl": (
+        "nats per token",
+        "The same as a divergence. If it is more than next to nothing, set importance_cap.",
+    ),
+    "rl/importance_mean": ("weight", "Mean weight by which the generator's mismatch is corrected; near one is good."),
+    "rl/importance_capped_fraction": ("share of tokens", "Tokens whose weight was cut at importance_cap."),
+    "rl/kl_penalty": ("reward", "What the KL penalty takes off the reward of an answer, on the average."),
+    "rl/kl_beta": ("weight", "Weight of the KL penalty, where it is steered towards kl_target."),
+    "grad_norm/critic": ("norm of the gradient", "The norm of the critic's gradient before clipping."),
+    "ppo/policy_loss": ("loss", "The policy's part of the loss. It hovers around zero; the reward counts."),
+    "ppo/value_loss": ("reward squared", "Half the squared error of the critic; it should fall."),
+    "ppo/explained_variance": (
+        "share of variance",
+        "How much of what makes returns differ the critic knew before. Near one is good; below zero it misleads.",
+    ),
+    "ppo/value_clip_fraction": ("share of tokens", "Values past the clipping bound: no gradient."),
+    "ppo/value_mean": ("reward", "What the critic expects, on the average."),
+    "ppo/return_mean": ("reward", "What it should have expected."),
     "dpo/accuracy": ("share of pairs", "Pairs in which the model favours the chosen answer more than it did before."),
     "dpo/margin": ("beta x nats", "How much more the chosen answer has gained than the rejected one."),
     "dpo/chosen_logprob": ("nats per answer", "Log-probability of the chosen answers; a long fall is a bad sign."),
@@ -84,17 +134,37 @@ WORDS = {
         "nats per answer",
         "What an answer's gain is held against: KTO's estimate of the divergence, or BCO's shift.",
     ),
+    "reward/accuracy": ("share of pairs", "Pairs that the reward model ranks as people did, before the update."),
+    "reward/margin": ("reward", "How much higher the chosen answers are rated than the rejected ones."),
+    "reward/chosen": ("reward", "Rewards of the chosen answers; only differences mean something."),
+    "reward/rejected": ("reward", "Rewards of the rejected answers."),
+    "steps/accuracy": ("share of steps", "Steps that are called right or wrong as they are labelled."),
+    "steps/right": ("probability", "How likely a step is held to be right, on average; near the labels' mean."),
+    "steps/label": ("label", "The labels' mean: the share of right steps."),
 }
 
 LOSS_WORDS = {
     "pretrain": ("nats per token", "The loss that the stage minimises; it should fall and level off."),
-    "sft": ("nats per token", "The loss on the assistant's tokens; it should fall and level off."),
+    "sft": (
+        "nats per token",
+        "The loss on the assistant's tokens; it should fall and level off. DFT's is no likelihood and may rise.",
+    ),
     "midtrain": (
         "nats per token",
         "The loss that each arm minimises. Arms weight, select or distil tokens, so their losses are not on one scale: "
         f"compare {PLAIN_NLL} instead.",
     ),
     "grpo": ("loss", "The loss of the policy gradient. It hovers around zero and says little; the reward counts."),
+    "online": (
+        "loss",
+        "The loss on fresh answers. DPO's starts at ln 2 = 0.693; Nash-MD's value says nothing. The reward counts.",
+    ),
+    "reward_model": ("nats per pair", "The comparison loss; ln 2 = 0.693 is telling no answers apart."),
+    "process_reward_model": ("nats per step", "The cross-entropy of the steps' labels."),
+    "rloo": ("loss", "The loss of the policy gradient. It hovers around zero and says little; the reward counts."),
+    "reinforce_pp": ("loss", "The loss of the policy gradient. It hovers around zero; the reward counts."),
+    "remax": ("loss", "The loss of the policy gradient. It hovers around zero; the reward counts."),
+    "ppo": ("loss", "The policy's loss and the critic's together; the reward and ppo/value_loss say more."),
     "dpo": ("loss", "The preference loss. Plain DPO's starts at ln 2 = 0.693, where the model prefers neither answer."),
 }
 

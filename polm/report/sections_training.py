@@ -24,7 +24,13 @@ STAGE_TITLES = {
     "midtrain": "Mid-training",
     "sft": "Supervised fine-tuning",
     "dpo": "Preference optimisation",
+    "reward_model": "Reward model",
+    "process_reward_model": "Process reward model",
     "grpo": "RL with verifiable rewards",
+    "rloo": "RL by RLOO",
+    "reinforce_pp": "RL by REINFORCE++",
+    "remax": "RL by ReMax",
+    "ppo": "RL by PPO",
 }
 
 # What a stage is about comes first.

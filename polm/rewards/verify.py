@@ -13,6 +13,7 @@ from typing import Literal
 
 from polm.data.benchmarks import ANSWER_MARKER, extract_boxed, extract_marked, parse_plain_number
 from polm.errors import UserError
+from polm.rewards.base import UNJUDGED
 from polm.rewards.math_worker import MathWorker
 from polm.text.arithmetic import ArithmeticSyntaxError, evaluate
 
@@ -38,6 +39,11 @@ class Verdict:
     @property
     def is_right(self) -> bool:
         return self.status == "right"
+
+    @property
+    def value(self) -> float | None:
+        """As a reward: 1 for right, 0 for wrong and unparsed; none where there is no verdict."""
+        return None if self.status in UNJUDGED else float(self.is_right)
 
 
 @dataclass(frozen=True)

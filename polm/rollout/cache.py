@@ -70,7 +70,7 @@ class DecodeCache:
     """
 
     def __init__(self, shape: CacheShape, num_slots: int, length: int, dtype: torch.dtype, device: torch.device):
-        self.shape, self.length, self.dtype, self.device = shape, length, dtype, device
+        self.shape, self.num_slots, self.length, self.dtype, self.device = shape, num_slots, length, dtype, device
         heads, width = shape.num_key_heads, shape.head_width
         self.store = _allocate((shape.num_layers, 2, num_slots, heads, length, width), dtype, device)
         self._heads_J = torch.arange(heads, device=device)

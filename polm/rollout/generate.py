@@ -1,12 +1,11 @@
 """The built-in generator: continuous batching over one flat stream of tokens, on any model that `load_model` takes.
 
 Requests (a prompt and a sample number) wait in a queue; live rows stand in slots 0 to R - 1 of a static cache. Each
-distinct prompt is read once, as a root of a packed forest, and its keys and values are copied to the rows of all its
-samples. A decoding step is a forward over a stream of one token per live row. A finished row leaves at once: the last
-live row takes its slot. Freed slots are refilled a few at a time, so that prompts are read in batches.
+distinct prompt is read once, and its keys and values are copied to the rows of all its samples (`reader`). A decoding
+step is a forward over a stream of one token per live row. A finished row leaves at once: the last live row takes its
+slot. Freed slots are refilled a few at a time, so that prompts are read in batches.
 
-Shape suffixes: R rows, N rows that a call looks at, V vocabulary, P prompts of a prefill, T tokens of a stream,
-J key heads, D head width.
+Shape suffixes: R rows, N rows that a call looks at, V vocabulary, T tokens, Q requests.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.engine.score import autocast
 from polm.errors import NonFiniteError, UserError
-from polm.models.forest_attention import Attends, build_plan
-from polm.models.loading import output_logits
-from polm.models.virtual import PrefixPlan, VirtualTokens, read_virtual
-from polm.rollout.cache import Captured, DecodeCache, PrefillCapture, compute_ranges, read_cache_shape
+from polm.models.virtual import VirtualTokens, read_virtual
+from polm.rollout.reader import Reader, build_readers
 from polm.rollout.sampling import (
     apply_top_k,
     apply_top_p,
@@ -36,10 +33,8 @@ from polm.rollout.sampling import (
     compute_uniforms,
     sample_inverse_cdf,
 )
-from polm.tokens import Array, Segment, collate
+from polm.tokens import Array
 
-# Prompts are read in streams of about this many tokens, which bounds the memory of a prefill.
-PREFILL_TOKENS = 4096
 # The queue is asked when this share of the slots is free: a prefill has a fixed cost, an idle slot has one too.
 REFILL_SHARE = 8
 LIVE, STOP_TOKEN, STOP_STRING, LENGTH = 0, 1, 2, 3
@@ -106,6 +101,21 @@ class Completion:
     text: str
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A second model, with the same tokens, whose logits are mixed in. Each token is drawn from p^(1 - share) q^share,
+    renormalised: the geometric mixture of Nash-MD, one token at a time (arXiv 2312.00886, section 7). The completion's
+    log-probabilities are those of the mixture. Raises UserError for a share outside [0, 1].
+    """
+
+    model: PreTrainedModel
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise UserError(f"mixture: share is {self.share}; expected a number from 0 (first model) to 1 (second)")
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -116,28 +126,36 @@ def generate(
     max_rows: int = 256,
     max_cache_bytes: int = 1 << 30,
     progress: Callable[[int, int], None] | None = None,
+    mixture: Mixture | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue each prompt (token ids) `params.num_samples` times; ordered by (prompt, sample).
 
-    `model` comes from `load_model` or `prepare_model`. At most `max_rows` completions are decoded at a time, and no
-    more than `max_cache_bytes` of keys and values hold (at least one). `progress(done, total)` counts completions.
+    `model` comes from `load_model` or `prepare_model`; `mixture` may add a second one. At most `max_rows` completions
+    are decoded at a time, and no more than `max_cache_bytes` of keys and values hold (at least one). `progress(done,
+    total)` counts completions.
+    `streams` gives each prompt a number that takes the place of its index in the draw (see `SamplingParams.seed`), so
+    that its completions do not depend on the prompts beside it.
     The result does not depend on `max_rows`, but for draws so near a boundary that rounding decides them.
     Raises UserError for a prompt that is empty, has unknown ids or leaves no room, NonFiniteError for NaN logits.
     """
+    models = [model] if mixture is None else [model, mixture.model]
     with torch.no_grad():
-        virtual = read_virtual(model)
-    queue = _build_queue(model, prompts, params, virtual.num if virtual is not None else 0)
+        virtual = [read_virtual(one) for one in models]
+    queue = _build_queue(models, virtual, prompts, params, streams)
     if max_rows < 1:
         raise UserError(f"max_rows is {max_rows}; expected at least 1")
     if not len(queue.prompt_Q):
         return []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for one in models for module in one.modules()]
+    for one in models:
+        one.eval()
     try:
         # One enclosing autocast keeps the bf16 copies of the weights for the whole call.
-        with torch.no_grad(), autocast(model.device.type, bf16), _cacheable_casts(model, bf16):
-            above = _capture_virtual(model, virtual) if virtual is not None else None
-            rows = _Rows(model, tokenizer, queue, params, bf16, max_rows, max_cache_bytes, above)
+        with torch.no_grad(), autocast(model.device.type, bf16), _cacheable_casts(models, bf16):
+            max_rows = min(max_rows, len(queue.prompt_Q))
+            readers = build_readers(models, virtual, queue.groups, queue.limits, bf16, max_rows, max_cache_bytes)
+            rows = _Rows(readers, mixture.share if mixture is not None else 0.0, tokenizer, queue, params)
             ended = rows.run(progress)
     finally:
         # Within a caller's autocast the casts would outlive this call, and carry no gradient.
@@ -156,13 +174,24 @@ class _Queue:
     group_Q: Array
     prompt_Q: Array
     sample_Q: Array
+    streams: Sequence[int]  # of each prompt: whose random numbers it draws
 
 
 def _build_queue(
-    model: PreTrainedModel, prompts: Sequence[Array | list[int]], params: SamplingParams, num_virtual: int
+    models: Sequence[PreTrainedModel],
+    virtual: Sequence[VirtualTokens | None],
+    prompts: Sequence[Array | list[int]],
+    params: SamplingParams,
+    streams: Sequence[int] | None,
 ) -> _Queue:
-    vocab = int(model.get_input_embeddings().weight.shape[0])
-    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62)) - num_virtual
+    vocab, *others = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
+    if others and others[0] != vocab:
+        raise UserError(f"mixture: the models have {vocab} and {others[0]} token ids; they must share a vocabulary")
+    room = min(
+        (getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62))
+        - (above.num if above is not None else 0)
+        for model, above in zip(models, virtual, strict=True)
+    )
     members: dict[bytes, list[int]] = {}
     for index, prompt in enumerate(prompts):
         ids = np.asarray(prompt, dtype=np.int64)
@@ -189,13 +218,15 @@ def _build_queue(
         group_Q=np.repeat(np.arange(len(groups)), counts),
         prompt_Q=np.repeat(prompt_indices, params.num_samples),
         sample_Q=np.tile(np.arange(params.num_samples), len(prompt_indices)),
+        streams=range(len(prompts)) if streams is None else streams,
     )
 
 
 @contextlib.contextmanager
-def _cacheable_casts(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+def _cacheable_casts(models: Sequence[PreTrainedModel], bf16: bool) -> Iterator[None]:
     """Autocast keeps the cast of a weight only if it requires a gradient; let frozen weights pass for such."""
-    frozen = [p for p in model.parameters() if bf16 and p.dtype == torch.float32 and not p.requires_grad]
+    weights = [p for model in models for p in model.parameters()]
+    frozen = [p for p in weights if bf16 and p.dtype == torch.float32 and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
@@ -203,70 +234,6 @@ def _cacheable_casts(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def run_decoder(model: PreTrainedModel, tokens_T: Tensor, positions_T: Tensor, forest: Attends) -> Tensor:
-    """Final hidden states [T, width] of a flat stream that attends through `forest`."""
-    out = model.get_decoder()(
-        input_ids=tokens_T[None], position_ids=positions_T[None], attention_mask=None, use_cache=False, forest=forest
-    )
-    hidden_TD: Tensor = out.last_hidden_state[0]
-    return hidden_TD
-
-
-def _capture_virtual(model: PreTrainedModel, virtual: VirtualTokens) -> VirtualTokens:
-    """The keys and values of the virtual tokens, read once for all rows."""
-    if virtual.layers is not None or virtual.embeddings_PD is None:
-        return virtual
-    batch = collate([(Segment(np.zeros(virtual.num, dtype=np.int64)),)]).to(model.device)
-    capture = PrefillCapture(build_plan(batch, int(model.config.get_text_config().num_attention_heads)))
-    model.get_decoder()(
-        inputs_embeds=virtual.embeddings_PD[None],
-        position_ids=batch.positions_T[None],
-        attention_mask=None,
-        use_cache=False,
-        forest=capture,
-    )
-    return VirtualTokens(virtual.num, layers=capture.layers)
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """What a few prompts (`first_group` and those after it) leave behind: captured streams, and next-token logits."""
-
-    first_group: int
-    layers: Captured
-    starts_P: Array
-    lengths_P: Array
-    logits_PV: Tensor
-
-    def only_last(self) -> Prefilled:
-        """The last prompt on its own, without holding the memory of the others."""
-        start, length, index = int(self.starts_P[-1]), int(self.lengths_P[-1]), len(self.starts_P) - 1
-        layers = {
-            layer: (key[:, start : start + length].clone(), value[:, start : start + length].clone())
-            for layer, (key, value) in self.layers.items()
-        }
-        return Prefilled(
-            self.first_group + index, layers, np.zeros(1, np.int64), self.lengths_P[-1:], self.logits_PV[-1:].clone()
-        )
-
-
-def prefill(
-    model: PreTrainedModel, prompts: Sequence[Array], first_group: int, above: VirtualTokens | None = None
-) -> Prefilled:
-    """Read prompts, packed as the roots of a forest (under the virtual tokens `above`, if any), in one forward."""
-    batch = collate([(Segment(ids),) for ids in prompts]).to(model.device)
-    num = above.num if above is not None else 0
-    plan: Attends = build_plan(batch, int(model.config.get_text_config().num_attention_heads), virtual=num)
-    if above is not None and above.layers is not None:
-        plan = PrefixPlan(plan, num, above.layers)
-    capture = PrefillCapture(plan)
-    hidden_TD = run_decoder(model, batch.tokens_T, batch.positions_T + num, capture)
-    logits_PV = output_logits(model, hidden_TD.index_select(0, batch.starts_S + batch.lengths_S - 1))
-    return Prefilled(
-        first_group, capture.layers, batch.starts_S.cpu().numpy(), batch.lengths_S.cpu().numpy(), logits_PV
-    )
 
 
 @dataclass(frozen=True)
@@ -279,41 +246,26 @@ class _Ended:
 
 
 class _Rows:
-    """The live rows and the queue behind them. The host's tables say which request stands in which slot."""
+    """The live rows and the queue behind them. The host's tables say which request stands in which slot.
+
+    The logits are those of the first reader, or of two readers, mixed: `share` is that of the second.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        readers: Sequence[Reader],
+        share: float,
         tokenizer: PreTrainedTokenizerFast,
         queue: _Queue,
         params: SamplingParams,
-        bf16: bool,
-        max_rows: int,
-        max_cache_bytes: int,
-        above: VirtualTokens | None = None,
     ):
-        self.model, self.queue, self.params, self.above = model, queue, params, above
-        self.num_above = above.num if above is not None else 0  # positions before a row's own tokens
-        shape = read_cache_shape(model)
-        # Float32 on CPU in any case: its bf16 products of one query row are slower than those of float32.
-        low_precision = torch.bfloat16 if bf16 else model.dtype
-        dtype = torch.float32 if model.device.type == "cpu" else low_precision
-        # The last token of a row is never fed.
-        longest = max(len(ids) + limit - 1 for ids, limit in zip(queue.groups, queue.limits, strict=True))
-        length = self.num_above + longest
-        fitting = max_cache_bytes // (shape.num_values * length * dtype.itemsize)
-        num_slots = max(1, min(max_rows, len(queue.prompt_Q), fitting))
+        self.readers, self.share, self.queue, self.params = readers, share, queue, params
+        model, num_slots = readers[0].model, readers[0].cache.num_slots
         self.num_slots = num_slots
-        self.cache = DecodeCache(shape, num_slots, length, dtype, model.device)
-        if above is not None and above.layers is not None:  # the same in every slot, once and for all
-            places = np.arange(above.num)
-            slots = np.repeat(np.arange(num_slots), above.num)
-            self.cache.fill(dict(above.layers), np.tile(places, num_slots), slots, np.tile(places, num_slots))
         self.stop_strings = _StopStrings(tokenizer, params.stop) if params.stop else None
         self.is_stop_V = _build_stop_table(model, tokenizer, params)
         self.num_live = 0
         self.next_request = 0
-        self.held: Prefilled | None = None
         self.request = np.zeros(num_slots, dtype=np.int64)
         self.prompt_length = np.zeros(num_slots, dtype=np.int64)
         self.num_tokens = np.zeros(num_slots, dtype=np.int64)
@@ -367,46 +319,22 @@ class _Rows:
         self.reason[slots] = LIVE
         if self.params.temperature > 0:
             pairs = zip(queue.prompt_Q[requests].tolist(), queue.sample_Q[requests].tolist(), strict=True)
-            self.key[slots] = [build_key(self.params.seed, prompt, sample) for prompt, sample in pairs]
-        logits_parts: list[Tensor] = []
-        last: Prefilled | None = None
-        for part in self._read_prompts(int(groups[0]), int(groups[-1])):
-            begin = int(np.searchsorted(groups, part.first_group))
-            end = int(np.searchsorted(groups, part.first_group + len(part.starts_P)))
-            chosen = groups[begin:end] - part.first_group
-            lengths = part.lengths_P[chosen]
-            source, positions = compute_ranges(part.starts_P[chosen], lengths)
-            targets = self.num_above + positions
-            self.cache.fill(part.layers, source, np.repeat(slots[begin:end], lengths), targets)
-            logits_parts.append(part.logits_PV.index_select(0, torch.from_numpy(chosen).to(part.logits_PV.device)))
-            last = part
+            self.key[slots] = [build_key(self.params.seed, queue.streams[prompt], sample) for prompt, sample in pairs]
         self.next_request += count
         self.num_live += count
-        # A prompt with samples still in the queue is kept, so that it is read only once.
-        waiting = self.next_request < len(queue.prompt_Q) and queue.group_Q[self.next_request] == groups[-1]
-        self.held = last.only_last() if waiting and last is not None else None
-        return torch.cat(logits_parts)
-
-    def _read_prompts(self, first: int, last: int) -> Iterator[Prefilled]:
-        """Distinct prompts `first` to `last` in streams of bounded length; the first may be held from before."""
-        if self.held is not None:  # the queue keeps a prompt's requests together, so it is the first one's
-            yield self.held
-            first += 1
-        chunk: list[Array] = []
-        for group in range(first, last + 1):
-            chunk.append(self.queue.groups[group])
-            following = len(self.queue.groups[group + 1]) if group < last else PREFILL_TOKENS
-            if sum(map(len, chunk)) + following > PREFILL_TOKENS:
-                yield prefill(self.model, chunk, group + 1 - len(chunk), self.above)
-                chunk = []
+        waiting = self.next_request < len(queue.prompt_Q) and bool(queue.group_Q[self.next_request] == groups[-1])
+        return self._mix([reader.read_prompts(groups, slots, waiting) for reader in self.readers])
 
     def _decode(self) -> Tensor:
-        """Feed each live row's last token; returns the logits [R, V] of the next."""
+        """The logits [R, V] of each live row's next token."""
         live = slice(0, self.num_live)
-        behind = self.num_above + self.prompt_length[live] + self.num_tokens[live]
-        positions_R = self.cache.begin_step(behind - 1)
-        tokens_R = torch.from_numpy(self.last_token[live]).to(self.model.device)
-        return output_logits(self.model, run_decoder(self.model, tokens_R, positions_R, self.cache))
+        positions_R = self.prompt_length[live] + self.num_tokens[live] - 1
+        return self._mix([reader.read_tokens(self.last_token[live], positions_R) for reader in self.readers])
+
+    def _mix(self, logits: Sequence[Tensor]) -> Tensor:
+        if len(logits) == 1:
+            return logits[0]
+        return (1.0 - self.share) * logits[0] + self.share * logits[1].to(logits[0].device)
 
     def _accept(self, slots: slice, logits_NV: Tensor) -> None:
         """Draw a token for each of the slots, note it, and see which rows it ends."""
@@ -467,8 +395,9 @@ class _Rows:
             return
         for table in self.tables:
             table[targets] = table[sources]
-        longest = int((self.prompt_length[targets] + self.num_tokens[targets]).max())
-        self.cache.move(sources, targets, self.num_above + longest - 1)
+        length = int((self.prompt_length[targets] + self.num_tokens[targets]).max()) - 1
+        for reader in self.readers:
+            reader.move(sources, targets, length)
 
 
 def _build_stop_table(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> Array:

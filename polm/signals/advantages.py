@@ -1,6 +1,7 @@
-"""Advantages of completions from their rewards.
+"""Advantages of completions, and of their tokens, from rewards.
 
-Shape suffixes: R completions, G groups (the completions of one prompt).
+Shape suffixes: R completions, G groups (the completions of one prompt), N tokens of all completions in one row, those
+of a completion side by side and in order, C completions that have tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from polm.errors import RecipeError
 
 RewardScale = Literal["std", "none"]
 STD_FLOOR = 1e-4
+WHITEN_FLOOR = 1e-8
 
 
 def compute_group_advantages(rewards_R: Tensor, groups_R: Tensor, scale: RewardScale) -> Tensor:
@@ -42,3 +44,62 @@ def compute_group_advantages(rewards_R: Tensor, groups_R: Tensor, scale: RewardS
     variance_G = zeros_G.index_add(0, index_R, centred_R**2) / (counts_G - 1).clamp(min=1)
     advantages_R: Tensor = centred_R / (variance_G.sqrt()[index_R] + STD_FLOOR)
     return advantages_R
+
+
+def compute_leave_one_out_advantages(rewards_R: Tensor, groups_R: Tensor) -> Tensor:
+    """reward - mean of the other rewards of its group (RLOO, arXiv 2402.14740, section 3.3), [R] float32.
+
+    Computed as k / (k - 1) times (reward - mean of all k), which is the same. A group of equal rewards, and a group of
+    one, gives exact zeros.
+    """
+    _, index_R, counts_G = torch.unique(groups_R, return_inverse=True, return_counts=True)
+    factor_G = counts_G / (counts_G - 1).clamp(min=1)
+    advantages_R: Tensor = compute_group_advantages(rewards_R, groups_R, "none") * factor_G[index_R]
+    return advantages_R
+
+
+def whiten(values_N: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """(value - mean) / sqrt(variance + 1e-8) over the whole row, with n - 1 below the sum of squares, [N] float32.
+
+    Without `shift_mean` the mean is put back: only the spread becomes 1. Equal values, and a single one, have no
+    spread: they become exact zeros, or stay as they are without `shift_mean`.
+    """
+    values_N = values_N.float()
+    if len(values_N) < 2 or bool(values_N.min() == values_N.max()):
+        return torch.zeros_like(values_N) if shift_mean else values_N
+    variance, mean = torch.var_mean(values_N, correction=1)
+    whitened_N = (values_N - mean) * torch.rsqrt(variance + WHITEN_FLOOR)
+    return whitened_N if shift_mean else whitened_N + mean
+
+
+def compute_completion_sum(values_N: Tensor, completions_N: Tensor, num_completions: int) -> Tensor:
+    """Sums over the tokens of each completion, [R] float32."""
+    return torch.zeros(num_completions).index_add(0, completions_N, values_N.float())
+
+
+def compute_token_rewards(rewards_R: Tensor, kl_N: Tensor, completions_N: Tensor, beta: float) -> Tensor:
+    """-beta * kl at each token, and the completion's reward on top at its last one (Ziegler et al. 2019, arXiv
+    1909.08593, section 2.2), [N] float32.
+
+    kl_N           an estimate a token, such as log p - log p_ref (k1)
+    completions_N  the completion of each token; tokens of a completion stand side by side, in order
+    """
+    token_rewards_N = -beta * kl_N.float()
+    last_N = find_last_tokens(completions_N)
+    return torch.where(last_N, token_rewards_N + rewards_R.float()[completions_N], token_rewards_N)
+
+
+def find_last_tokens(completions_N: Tensor) -> Tensor:
+    """Whether a token is the last of its completion, [N] bool."""
+    last_N = torch.ones_like(completions_N, dtype=torch.bool)
+    last_N[:-1] = completions_N[1:] != completions_N[:-1]
+    return last_N
+
+
+def compute_rewards_to_go(token_rewards_N: Tensor, completions_N: Tensor) -> Tensor:
+    """The sum of the rewards of a token and of all after it in its completion, not discounted, [N] float32."""
+    last_N = find_last_tokens(completions_N)
+    sums_N = token_rewards_N.double().cumsum(0)
+    lengths_C = torch.diff(torch.nonzero(last_N)[:, 0], prepend=torch.tensor([-1]))
+    ends_N = sums_N[last_N].repeat_interleave(lengths_C)  # the sum up to the end of the token's completion
+    return (ends_N - sums_N + token_rewards_N).float()

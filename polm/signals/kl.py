@@ -19,3 +19,11 @@ def compute_kl_k3(logprobs_N: Tensor, other_logprobs_N: Tensor) -> Tensor:
     """
     log_ratio_N = other_logprobs_N - logprobs_N
     return torch.expm1(log_ratio_N) - log_ratio_N
+
+
+def compute_kl_k1(logprobs_N: Tensor, other_logprobs_N: Tensor) -> Tensor:
+    """KL(p || q) in nats, one estimate a token, for tokens sampled from p: log p - log q, [N], of either sign.
+
+    The estimator k1 of the same note, which is what a KL penalty in the reward is made of: its mean is the divergence.
+    """
+    return logprobs_N - other_logprobs_N

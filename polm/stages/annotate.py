@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from polm.data.examples import Ledger, build_conversation_trees, build_document_trees, build_preference_trees
-from polm.data.readers import read_conversations, read_preferences, read_weighted_documents
+from polm.data.readers import iterate_conversations, iterate_documents, iterate_preferences
 from polm.engine.annotate import annotate_trees
 from polm.engine.device import use_bf16
 from polm.recipe import AnnotateSettings
@@ -43,25 +45,36 @@ def run(settings: AnnotateSettings, context: Context) -> StageResult:
     return StageResult({"targets": targets, "mean_logprob": mean, **fingerprint}, dict(ledger))
 
 
-def _build_trees(settings: AnnotateSettings, context: Context, model: Base, ledger: Ledger) -> list[Tree]:
+def _build_trees(settings: AnnotateSettings, context: Context, model: Base, ledger: Ledger) -> Sequence[Tree]:
     """The trees exactly as the training stage will build them."""
     limit = min(settings.max_tokens or model.max_positions, model.max_positions)
     file = input_file(context, "data", f"{settings.data}.jsonl")
     if settings.data == "midtrain":
         return build_document_trees(
-            model.tokenizer, read_weighted_documents(file), context=limit, too_long=settings.too_long, ledger=ledger
+            model.tokenizer,
+            iterate_documents(file),
+            context=limit,
+            too_long=settings.too_long,
+            ledger=ledger,
+            folder=context.workdir,
         )
     if settings.data == "preferences":
         return build_preference_trees(
-            model.tokenizer, read_preferences(file), context=limit, too_long=settings.too_long, ledger=ledger
+            model.tokenizer,
+            iterate_preferences(file),
+            context=limit,
+            too_long=settings.too_long,
+            ledger=ledger,
+            folder=context.workdir,
         )
     return build_conversation_trees(
         model.tokenizer,
-        read_conversations(file),
+        iterate_conversations(file),
         context=limit,
         too_long=settings.too_long,
         train_on=settings.train_on,
         ledger=ledger,
+        folder=context.workdir,
     )
 
 

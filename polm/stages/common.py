@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +21,17 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.config import Settings
-from polm.data.examples import Ledger, attach_streams
+from polm.data.examples import Ledger
 from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, mix_seed, pack_trees
+from polm.data.readers import write_json
+from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import pick_device, set_threads, use_bf16
-from polm.engine.fit import BatchSource, fit
+from polm.engine.fit import BatchSource, Part, fit
 from polm.errors import DataError, ModelError, RecipeError, StoreError, UserError
+from polm.models.actor_critic import ActorCritic
 from polm.models.adapters import (
     adapter_parameters,
     as_given,
@@ -40,12 +43,14 @@ from polm.models.adapters import (
     merge_adapter,
     save_adapter,
 )
+from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
+from polm.models.loading import model_folder as model_folder
 from polm.models.virtual import read_virtual
 from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
-from polm.tokens import Array, Objective, Tree, tree_length
+from polm.tokens import Array, Objective, Tree
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -100,12 +105,6 @@ class Base:
         virtual = read_virtual(self.model)
         taken = virtual.num if virtual is not None else 0
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)) - taken
-
-
-def model_folder(source: str) -> str:
-    """A stage's artifact holds its model or adapter in `model/`; anything else is taken as it is."""
-    inner = Path(source) / "model"
-    return str(inner) if (inner / "config.json").is_file() or is_adapter_folder(inner) else source
 
 
 def load_base(source: str, *, quantize: str | None = None, must_merge: bool = False) -> Base:
@@ -177,6 +176,12 @@ def load_learner(context: Context, settings: TrainSettings) -> Base:
     return base
 
 
+def refuse_adapter(settings: TrainSettings, stage: str) -> None:
+    """For stages that train a classifier, which adapters are not built for here."""
+    if settings.adapter is not None:
+        raise RecipeError(f"{stage}: adapter is for language models; leave it out, all weights are trained")
+
+
 @dataclass(frozen=True)
 class Frozen:
     """A model that is only asked. With `given` it is the learner, asked as it was given to the stage."""
@@ -212,6 +217,28 @@ def load_given(context: Context, learner: Base, role: str | None = None) -> Froz
     return Frozen(load_base(context.inputs["base"]).model.eval())
 
 
+def load_scalar_base(source: str, layout: Layout, *, num_labels: int, spread: float | None, seed: int) -> Base:
+    """A classifier to train: a fresh head (see `build_scalar_model`) on a language model, or one that is there already.
+
+    Its padding token is the tokenizer's (the end-of-text token where it has none), as plain `transformers` needs it.
+    """
+    name = model_folder(source)
+    found = read_layout(name)
+    if found is None:
+        base = load_base(source)
+        model = build_scalar_model(base.model, layout, num_labels=num_labels, spread=spread, seed=seed)
+        base = replace(base, model=model)
+    elif found == layout:
+        model = load_scalar_model(name, num_labels=num_labels, device=pick_device())
+        base = Base(model, load_tokenizer(name), name)
+    else:
+        raise ModelError(f"{name} is a {found} classifier, and a {layout} classifier is needed here")
+    if base.tokenizer.pad_token_id is None:
+        base.tokenizer.pad_token = base.tokenizer.eos_token
+    base.model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    return base
+
+
 def input_file(context: Context, role: str, name: str) -> Path:
     """A file of an input folder; the input may also be that file itself."""
     given = Path(context.inputs[role])
@@ -232,11 +259,24 @@ def train(
     *,
     temperature: float = 1.0,
     more: Mapping[str, Any] | None = None,
+    pair: ActorCritic | None = None,
+    critic: Base | None = None,
+    parts: Sequence[Part] = (),
 ) -> StageResult:
-    """Fit, save an ordinary checkpoint (or the adapter) to `model/`, and sum up."""
+    """Fit, save an ordinary checkpoint (or the adapter) to `model/`, and sum up. With `pair`, of `base` and `critic`,
+    the critic is trained too, and goes to `critic/`."""
     result = fit(
-        base.model, source, objective, settings, context.workdir, temperature=temperature, report=context.report
+        pair or base.model,
+        source,
+        objective,
+        settings,
+        context.workdir,
+        temperature=temperature,
+        report=context.report,
+        parts=parts,
     )
+    if critic is not None:
+        save_model(critic.model, critic.tokenizer, context.workdir / "critic")
     saved = save_learner(base, context.workdir / "model")
     remove_checkpoints(context.workdir)
     numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}
@@ -285,7 +325,8 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
 
     A pair of two long answers is longer than the context; the longest tree then sets the length of the bins.
     """
-    bin_tokens = max(settings.bin_tokens, max(map(tree_length, trees), default=0))
+    lengths = measure_trees(trees)
+    bin_tokens = max(settings.bin_tokens, int(lengths.max(initial=0)))
     packed = pack_trees(
         trees,
         bin_tokens=bin_tokens,
@@ -298,7 +339,7 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
     ledger["bins"] += len(packed.bins)
     unseen = packed.find_unseen()
     ledger["not_reached"] += len(unseen)
-    ledger["tokens_not_reached"] += sum(tree_length(trees[i]) for i in unseen)
+    ledger["tokens_not_reached"] += int(lengths[unseen].sum())
     ledger["tokens_of_room_unused"] += len(packed.bins) * bin_tokens - ledger["tokens_kept"]
     return packed
 
@@ -388,9 +429,7 @@ def save_annotation(folder: Path, annotation: Annotation, fingerprint: Mapping[s
     if annotation.top_ids is not None and annotation.top_logprobs is not None:
         arrays |= {"top_ids": annotation.top_ids.astype(np.int32), "top_logprobs": annotation.top_logprobs}
     save_file(arrays, folder / "scores.safetensors")
-    temporary = folder / ".fingerprint.json.tmp"
-    temporary.write_text(json.dumps(fingerprint, indent=2) + "\n")
-    temporary.replace(folder / "fingerprint.json")
+    write_json(folder / "fingerprint.json", fingerprint)
 
 
 def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Sequence[Tree], top_k: int) -> Annotation:
@@ -422,16 +461,21 @@ def load_annotation(folder: Path, tokenizer: PreTrainedTokenizerFast, trees: Seq
     return Annotation(arrays["logprobs"], ids[:, :top_k].astype(np.int64), values[:, :top_k])
 
 
-def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation) -> list[Tree]:
+def attach_annotation(trees: Sequence[Tree], prefix: str, annotation: Annotation) -> Sequence[Tree]:
     """Put scores beside the tokens, as the streams `<prefix>_logprobs` and, with top-k, `<prefix>_ids`, `_topk`."""
     streams = {f"{prefix}_logprobs": annotation.logprobs}
     if annotation.top_ids is not None and annotation.top_logprobs is not None:
         streams |= {f"{prefix}_ids": annotation.top_ids, f"{prefix}_topk": annotation.top_logprobs}
-    return attach_streams(trees, streams)
+    return AttachedTrees(trees, streams)
 
 
 def new_ledger() -> Ledger:
     return Counter()
+
+
+def add_ledger(ledger: Ledger, other: Ledger, prefix: str) -> None:
+    """Enter the counts of a part of the data that is kept apart, as `PREFIX_NAME`."""
+    ledger.update({f"{prefix}_{name}": count for name, count in other.items()})
 
 
 def free_memory() -> None:

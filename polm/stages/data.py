@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from polm.data.benchmarks import BenchmarkItem, parse_plain_number, read_benchmark_folder
 from polm.data.build import build_files_dataset
 from polm.data.readers import (
-    read_conversations,
-    read_feedback,
-    read_preferences,
+    has_answers,
+    iterate_conversations,
+    iterate_documents,
+    iterate_feedback,
+    iterate_preferences,
+    read_any_prompts,
     read_prompts,
     read_stepwise,
-    read_weighted_documents,
 )
 from polm.data.records import Prompt
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
 from polm.errors import DataError
-from polm.recipe import DataStage, DemoData, FilesData, FolderData, WordProblemsData
+from polm.recipe_data import DataStage, DemoData, FilesData, FolderData, WordProblemsData
 from polm.rewards.verify import VERIFIERS
 from polm.stages.common import Context, Stage, StageResult
 
-READERS: dict[str, Callable[[Path], Sequence[object]]] = {
-    "pretrain.jsonl": read_weighted_documents,
-    "midtrain.jsonl": read_weighted_documents,
-    "sft.jsonl": read_conversations,
-    "preferences.jsonl": read_preferences,
-    "feedback.jsonl": read_feedback,
+READERS: dict[str, Callable[[Path], Iterable[object]]] = {
+    "pretrain.jsonl": iterate_documents,
+    "midtrain.jsonl": iterate_documents,
+    "sft.jsonl": iterate_conversations,
+    "preferences.jsonl": iterate_preferences,
+    "feedback.jsonl": iterate_feedback,
     "stepwise.jsonl": read_stepwise,
-    "prompts.jsonl": read_prompts,
+    "prompts.jsonl": read_any_prompts,
 }
 
 
@@ -80,8 +82,8 @@ def check_verifiers(path: Path, items: Iterable[Prompt | BenchmarkItem]) -> None
 
 
 def check_questions(folder: Path) -> None:
-    """`check_verifiers` for everything in a data set folder that is answered."""
-    if (folder / "prompts.jsonl").is_file():
+    """`check_verifiers` for everything in a data set folder that has an answer."""
+    if (folder / "prompts.jsonl").is_file() and has_answers(folder / "prompts.jsonl"):
         check_verifiers(folder / "prompts.jsonl", read_prompts(folder / "prompts.jsonl"))
     if (folder / "benchmarks").is_dir():
         for name, items in read_benchmark_folder(folder / "benchmarks").items():
@@ -95,7 +97,7 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for name, read in READERS.items():
         if (source / name).is_file():
-            files[name] = {"num_records": len(read(source / name))}
+            files[name] = {"num_records": sum(1 for _ in read(source / name))}
             shutil.copyfile(source / name, out / name)
     if not files:
         found = ", ".join(sorted(p.name for p in source.iterdir())[:10]) or "nothing"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from polm.data.examples import Ledger, add_mismatched, build_feedback_trees, build_preference_trees
-from polm.data.readers import is_feedback, read_feedback, read_preferences
+from polm.data.readers import is_feedback, iterate_feedback, iterate_preferences
 from polm.errors import DataError, RecipeError
 from polm.objectives.preference import ANSWER_LOSSES, Knobs, build_preference
 from polm.recipe import DPOSettings
@@ -75,31 +76,46 @@ def _check_reference(settings: DPOSettings, context: Context, *, needed: bool) -
         )
 
 
-def _build_trees(settings: DPOSettings, context: Context, base: Base, ledger: Ledger) -> list[Tree]:
+def _build_trees(settings: DPOSettings, context: Context, base: Base, ledger: Ledger) -> Sequence[Tree]:
     """Pairs, or judged answers; for kto and bco the two answers of a pair are one desirable and one undesirable."""
     limit = min(settings.bin_tokens, base.max_positions)
     if settings.loss not in ANSWER_LOSSES:
         file = input_file(context, "data", "preferences.jsonl")
         return build_preference_trees(
-            base.tokenizer, read_preferences(file), context=limit, too_long=settings.too_long, ledger=ledger
+            base.tokenizer,
+            iterate_preferences(file),
+            context=limit,
+            too_long=settings.too_long,
+            ledger=ledger,
+            folder=context.workdir,
         )
     given = Path(context.inputs["data"])
     either = ("feedback.jsonl", "preferences.jsonl")
     file = input_file(context, "data", next((name for name in either if (given / name).is_file()), either[0]))
     if is_feedback(file):
         trees = build_feedback_trees(
-            base.tokenizer, read_feedback(file), context=limit, too_long=settings.too_long, ledger=ledger
+            base.tokenizer,
+            iterate_feedback(file),
+            context=limit,
+            too_long=settings.too_long,
+            ledger=ledger,
+            folder=context.workdir,
         )
     else:
         trees = build_preference_trees(
-            base.tokenizer, read_preferences(file), context=limit, too_long=settings.too_long, ledger=ledger
+            base.tokenizer,
+            iterate_preferences(file),
+            context=limit,
+            too_long=settings.too_long,
+            ledger=ledger,
+            folder=context.workdir,
         )
     if ANSWER_LOSSES[settings.loss].mismatched:
         return add_mismatched(trees, context=limit, ledger=ledger)
     return trees
 
 
-def _attach_reference(settings: DPOSettings, context: Context, base: Base, trees: list[Tree]) -> list[Tree]:
+def _attach_reference(settings: DPOSettings, context: Context, base: Base, trees: Sequence[Tree]) -> Sequence[Tree]:
     """Score the trees under the reference, once, or read its scores."""
     if "reference" in context.inputs:
         scores = reference_scores(

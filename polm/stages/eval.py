@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from polm.data.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark, read_benchmark_folder
-from polm.data.readers import write_jsonl
+from polm.data.readers import write_json, write_jsonl
 from polm.engine.device import sample_in_bf16
 from polm.errors import DataError
 from polm.evals.run import evaluate, summarise
@@ -30,9 +29,7 @@ def run(settings: EvalSettings, context: Context) -> StageResult:
     )
     write_jsonl(context.workdir / "items.jsonl", rows)
     results = summarise(rows, settings)
-    temporary = context.workdir / ".results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(context.workdir / "results.json")
+    write_json(context.workdir / "results.json", results)
     mean = {f"mean/{name}": value for name, value in results["mean"].items()}
     statuses = {
         f"greedy_{status}": sum(r["greedy_status"] == status for r in rows)

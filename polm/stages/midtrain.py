@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from polm.data.examples import build_document_trees
-from polm.data.readers import read_weighted_documents
+from polm.data.readers import iterate_documents
 from polm.errors import UserError
 from polm.objectives.distill import build_distill
 from polm.objectives.ntp import build_ntp
@@ -69,17 +71,18 @@ def run(settings: MidtrainSettings, context: Context) -> StageResult:
     ledger = new_ledger()
     trees = build_document_trees(
         base.tokenizer,
-        read_weighted_documents(input_file(context, "data", "midtrain.jsonl")),
+        iterate_documents(input_file(context, "data", "midtrain.jsonl")),
         context=min(settings.bin_tokens, base.max_positions),
         too_long=settings.too_long,
         ledger=ledger,
+        folder=context.workdir,
     )
     trees = _with_scores(settings, context, base, trees)
     result = train_on_trees(context, base, trees, build_objective(settings), settings, ledger)
     return StageResult(result.summary, result.ledger)
 
 
-def _with_scores(settings: MidtrainSettings, context: Context, base: Base, trees: list[Tree]) -> list[Tree]:
+def _with_scores(settings: MidtrainSettings, context: Context, base: Base, trees: Sequence[Tree]) -> Sequence[Tree]:
     """Attach what the weighting reads: the reference's scores, and the frozen base's where it is the yardstick."""
     if settings.weighting == "ntp":
         return trees

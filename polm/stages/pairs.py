@@ -1,88 +1,92 @@
-"""`polm pairs`: preference pairs from a model's own samples, judged by each prompt's verifier."""
+"""`polm pairs`: preference pairs from a model's own samples, judged by a reward."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from polm.data.packing import epoch_order, mix_seed
-from polm.data.readers import Prompt, read_prompts, write_jsonl
-from polm.engine.device import sample_in_bf16
+from polm.data.packing import mix_seed
+from polm.data.readers import Prompt, write_jsonl
 from polm.errors import DataError
-from polm.models.loading import count_parameters
 from polm.recipe import PairsSettings
-from polm.rewards.verify import Verdict, VerifyItem, verify_many
-from polm.rollout.generate import Completion, SamplingParams, generate
-from polm.stages.common import Context, Stage, StageResult, input_file, load_base, start_stage
-from polm.text.chat import render_prompt, stop_token_ids
+from polm.rewards.selection import (
+    Answer,
+    Pair,
+    accept_by_rejection,
+    drop_unpairable,
+    group_by_prompt,
+    pair_best_worst,
+    pair_by_rounds,
+)
+from polm.stages.answers import choose_prompts, draw_answers, finish_answers
+from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
+from polm.stages.rollouts import REWARD_INPUTS
 
 PAIRS = 1  # which stage draws, where stages share a seed and a file of prompts
 
 
 def run(settings: PairsSettings, context: Context) -> StageResult:
-    """Sample answers from `base`, and write right-over-wrong pairs to preferences.jsonl."""
+    """Sample answers from `base`, and write better-over-worse pairs to preferences.jsonl."""
     start_stage(settings, context)
     base = load_base(context.inputs["base"])
-    prompts = read_prompts(input_file(context, "data", "prompts.jsonl"))
     # Seeds of its own: GRPO walks the same file, and should not begin with the prompts that DPO has just seen.
-    order = epoch_order(len(prompts), mix_seed(settings.seed, PAIRS), 0)[: settings.num_prompts]
-    chosen = [prompts[int(i)] for i in order]
-    completions = generate(
-        base.model,
-        base.tokenizer,
-        [render_prompt(base.tokenizer, [{"role": "user", "content": p.prompt}]) for p in chosen],
-        SamplingParams(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            num_samples=settings.samples,
-            seed=mix_seed(settings.seed, PAIRS),
-            stop_token_ids=stop_token_ids(base.tokenizer),
-        ),
-        bf16=sample_in_bf16(settings.precision, base.model.device.type, count_parameters(base.model)),
-        progress=lambda done, total: context.report({"update": done, "num_updates": total}),
-    )
-    verdicts = judge([(chosen[c.prompt_index], c.text) for c in completions], settings.time_limit)
-    rows = build_pairs(chosen, completions, verdicts, settings.pairs_per_prompt, settings.seed)
-    ledger: Counter[str] = Counter(v.status for v in verdicts)
-    if not rows:
+    seed = mix_seed(settings.seed, PAIRS)
+    prompts = choose_prompts(settings, context, seed)
+    answers = draw_answers(settings, context, base, prompts, seed)
+    statuses: Counter[str] = Counter(a.reward.status for a in answers)
+    dropped: Counter[str] = Counter()
+    pairs = build_pairs(settings, answers, dropped)
+    if not pairs:
         raise DataError(
-            f"no preference pair: among {len(completions)} samples of {len(chosen)} prompts no prompt had a right and "
-            f"a wrong answer ({dict(ledger)}); raise samples, num_prompts or temperature, or leave pairs and dpo out"
+            f"no preference pair: among {len(answers)} samples of {len(prompts)} prompts no prompt had a better and a "
+            f"worse answer ({dict(statuses)}); raise samples, num_prompts or temperature, or leave pairs and dpo out"
         )
+    rows = [build_row(prompts[number], pair) for number, mine in pairs.items() for pair in mine]
     write_jsonl(context.workdir / "preferences.jsonl", rows)
-    right = ledger["right"] / len(completions)
-    return StageResult({"pairs": len(rows), "sampled_accuracy": right}, {"samples": len(completions), **ledger})
+    finish_answers(context)
+    summary = {"pairs": len(rows), "sampled_accuracy": statuses["right"] / len(answers)}
+    ledger = {
+        "prompts": len(prompts),
+        "prompts_without": len(prompts) - len(pairs),
+        "samples": len(answers),
+        **statuses,
+        **{f"dropped_{reason}": count for reason, count in sorted(dropped.items())},
+    }
+    return StageResult(summary, ledger)
 
 
-def judge(answers: Sequence[tuple[Prompt, str]], time_limit: float) -> list[Verdict]:
-    """The verdict on each (prompt, answer)."""
-    return verify_many([VerifyItem(p.verifier, text, p.answer, p.numbers) for p, text in answers], seconds=time_limit)
+def build_pairs(settings: PairsSettings, answers: Sequence[Answer], dropped: Counter[str]) -> dict[int, list[Pair]]:
+    """The pairs of each prompt that has any. `dropped` counts the samples that could stand in none, by reason, and
+    those that RSO did not accept."""
+    out: dict[int, list[Pair]] = {}
+    for mine in group_by_prompt(answers):
+        number = mine[0].prompt
+        rng = np.random.default_rng((settings.seed, number))
+        pairs = choose_pairs(settings, drop_unpairable(mine, dropped), rng, dropped)
+        if pairs:
+            out[number] = pairs
+    return out
 
 
-def build_pairs(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
-    verdicts: Sequence[Verdict],
-    pairs_per_prompt: int,
-    seed: int,
-) -> list[dict[str, str]]:
-    """Up to `pairs_per_prompt` pairs of distinct texts a prompt. Time-outs and errors are on neither side."""
-    rows = []
-    groups: dict[int, list[tuple[Completion, Verdict]]] = defaultdict(list)
-    for completion, verdict in zip(completions, verdicts, strict=True):
-        groups[completion.prompt_index].append((completion, verdict))
-    for index, prompt in enumerate(prompts):
-        mine = groups[index]
-        good = sorted({c.text for c, v in mine if v.status == "right"})
-        bad = sorted({c.text for c, v in mine if v.status in ("wrong", "unparsed") and c.text.strip()})
-        rng = np.random.default_rng((seed, index))
-        rng.shuffle(good)
-        rng.shuffle(bad)
-        for right, wrong in list(zip(good, bad, strict=False))[:pairs_per_prompt]:
-            rows.append({"prompt": prompt.prompt, "chosen": right, "rejected": wrong})
-    return rows
+def build_row(prompt: Prompt, pair: Pair) -> dict[str, str]:
+    """A row of preferences.jsonl."""
+    return {"prompt": prompt.prompt, "chosen": pair[0].text, "rejected": pair[1].text}
+
+
+def choose_pairs(
+    settings: PairsSettings, fit: Sequence[Answer], rng: np.random.Generator, dropped: Counter[str]
+) -> list[Pair]:
+    """The pairs of one prompt's distinct, judged answers."""
+    if settings.choose == "best_worst":
+        return pair_best_worst(fit, settings.pairs_per_prompt or 1, rng)
+    assert settings.rso_beta is not None
+    assert settings.rso_accepted is not None
+    accepted = accept_by_rejection([a.value for a in fit], settings.rso_accepted, settings.rso_beta, rng)
+    if len(accepted) < len(fit):
+        dropped["not_accepted"] += len(fit) - len(accepted)
+    return pair_by_rounds([fit[i] for i in accepted], rng, settings.rso_rounds or "first")
 
 
 STAGE = Stage(
@@ -91,5 +95,7 @@ STAGE = Stage(
     PairsSettings,
     run,
     inputs=("base", "data"),
+    optional_inputs=REWARD_INPUTS,
+    version=2,
     summary="preference pairs from a model's own samples",
 )

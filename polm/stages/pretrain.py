@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from polm.data.examples import build_document_trees
-from polm.data.readers import read_weighted_documents
+from polm.data.readers import iterate_documents
 from polm.engine.device import pick_device
 from polm.errors import UserError
 from polm.models.loading import build_model, load_tokenizer
@@ -39,10 +39,11 @@ def run(settings: PretrainSettings, context: Context) -> StageResult:
     ledger = new_ledger()
     trees = build_document_trees(
         base.tokenizer,
-        read_weighted_documents(input_file(context, "data", "pretrain.jsonl")),
+        iterate_documents(input_file(context, "data", "pretrain.jsonl")),
         context=min(settings.bin_tokens, base.max_positions),
         too_long=settings.too_long,
         ledger=ledger,
+        folder=context.workdir,
     )
     return train_on_trees(context, base, trees, build_ntp(), settings, ledger)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from polm.data.examples import build_conversation_trees
-from polm.data.readers import read_conversations
+from polm.data.readers import iterate_conversations
+from polm.objectives.dft import build_dft
 from polm.objectives.ntp import build_ntp
 from polm.recipe import SFTSettings
 from polm.stages.common import (
@@ -17,6 +20,7 @@ from polm.stages.common import (
     train_on_trees,
 )
 from polm.text.templates import apply_template
+from polm.tokens import Objective
 
 
 def run(settings: SFTSettings, context: Context) -> StageResult:
@@ -28,13 +32,20 @@ def run(settings: SFTSettings, context: Context) -> StageResult:
     ledger = new_ledger()
     trees = build_conversation_trees(
         base.tokenizer,
-        read_conversations(input_file(context, "data", "sft.jsonl")),
+        iterate_conversations(input_file(context, "data", "sft.jsonl")),
         context=min(settings.bin_tokens, base.max_positions),
         too_long=settings.too_long,
         train_on=settings.train_on,
         ledger=ledger,
+        folder=context.workdir,
     )
-    return train_on_trees(context, base, trees, build_ntp(), settings, ledger)
+    return train_on_trees(context, base, trees, build_objective(settings), settings, ledger)
+
+
+def build_objective(settings: SFTSettings) -> Objective:
+    """The loss, under noisy embeddings where NEFTune is on."""
+    objective = build_dft() if settings.loss == "dft" else build_ntp()
+    return replace(objective, needs=replace(objective.needs, embedding_noise=settings.neftune_alpha))
 
 
 STAGE = Stage("sft", "train", SFTSettings, run, inputs=("base", "data"), version=2, summary="supervised fine-tuning")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from polm.data.examples import (
     Ledger,
     Policy,
-    attach_streams,
     build_conversation_trees,
     build_document_trees,
     build_preference_trees,
@@ -22,7 +20,7 @@ from polm.data.examples import (
 )
 from polm.data.records import Conversation, Preference
 from polm.errors import DataError
-from polm.tokens import Tree, build_completions, build_document
+from polm.tokens import Tree
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *"abcdefghij"]
 EOS, USER, BOT, A = 1, 3, 4, 5
@@ -287,24 +285,3 @@ def test_an_end_token_named_as_unknown_is_not_counted() -> None:
 def test_only_equal_pairs_are_an_error(words: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"no token is supervised \(1 examples read, 1 dropped\)"):
         build_preference_trees(words, [pair("a", "b", "b")], context=9, too_long="error", ledger=Counter())
-
-
-# ---- streams -------------------------------------------------------------------------------------------------------
-
-
-def test_streams_are_handed_out_in_order() -> None:
-    trees = [build_document([1, 2, 3]), build_completions([4], [[5, 6], [7]], marks=[{"sign": 1.0}, {"sign": -1.0}])]
-    flat, wide = np.arange(7, dtype=np.float32), np.arange(14).reshape(7, 2)
-    out = attach_streams(trees, {"ref_logprobs": flat, "ref_ids": wide})
-    assert [s.streams["ref_logprobs"].tolist() for tree in out for s in tree] == [[0, 1, 2], [3], [4, 5], [6]]
-    assert out[1][1].streams["ref_ids"].tolist() == [[8, 9], [10, 11]]
-    assert out[0][0].streams["weights"].tolist() == [0, 1, 1]
-    assert out[1][2].marks["sign"] == -1.0
-    assert "ref_logprobs" not in trees[0][0].streams  # the given trees are left as they were
-
-
-@pytest.mark.parametrize("length", [6, 8, 0])
-def test_streams_of_other_data_are_refused(length: int) -> None:
-    trees = [build_document([1, 2, 3]), build_document([4, 5, 6, 7])]
-    with pytest.raises(DataError, match=rf"'ref_logprobs' covers {length} tokens, the data has 7.*annotate again"):
-        attach_streams(trees, {"ref_logprobs": np.zeros(length, dtype=np.float32)})

@@ -43,6 +43,12 @@ KILLS: list[tuple[str, int, tuple[str, int]]] = [
     ("grpo", 1, ("in a line of the log", 8)),
     ("grpo", 1, ("in a line of the log", 12)),  # within a rollout: it goes on from the rollout's start
     ("grpo", 1, ("before the checkpoints go", 1)),
+    ("rloo", 1, ("in a line of the log", 8)),  # after the first of two rollouts
+    # Two rollouts of four updates: 4 lines of samples, 4 updates, 4 samples, 4 updates; a checkpoint after update 4.
+    ("ppo", 1, ("in a line of the log", 7)),
+    ("ppo", 1, ("in a line of the log", 15)),
+    ("ppo", 1, ("before the model's rename", 2)),  # the policy is saved, the critic is not
+    ("remax", 1, ("in a line of the log", 6)),
     ("pairs", 0, ("before the manifest", 1)),
     ("annotate", 0, ("in the scores of the reference", 1)),
     ("eval", 0, ("before the manifest", 1)),

@@ -6,10 +6,12 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from polm.engine.score import score
 from polm.models.loading import prepare_model
-from polm.tokens import Objective, TokenBatch
+from polm.tokens import Objective, TokenBatch, Tree, build_completions
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(40))]
 CHAT_TEMPLATE = (
@@ -116,7 +118,8 @@ def check_agreement(
     denominator = sum(float(loss.denominator) for loss in losses)
     our_loss = sum((loss.total for loss in losses), torch.zeros(())) / denominator
     our_loss.backward()
-    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    # Losses that are near zero are differences of numbers near one (or were one until the caller took it off).
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5, abs=5e-7)
     theirs = {name: p.grad for name, p in their_model.named_parameters()}
     ours = {name: p.grad for name, p in learner.named_parameters()}
     assert ours.keys() == theirs.keys()
@@ -135,3 +138,57 @@ def check_agreement(
         for name in names
         if losses[0].metrics[name].total.ndim == 0
     }
+
+
+# ---- rollouts, in TRL's rows and in our trees ----------------------------------------------------------------------
+
+GROUP = 3
+LENGTHS = [7, 3, 5, 1, 6, 2]
+MAX_COMPLETION_TOKENS = 7
+
+
+@pytest.fixture
+def rows() -> SimpleNamespace:
+    """Two groups of three completions as TRL's trainers take them (`build_inputs`), and as trees (`build_trees`)."""
+    return SimpleNamespace(build_inputs=build_inputs, build_trees=build_trees)
+
+
+def build_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Two groups of three completions of unlike length, with old log-probabilities off by up to 0.8."""
+    generator = torch.Generator().manual_seed(3)
+    size = (len(LENGTHS), MAX_COMPLETION_TOKENS)
+    completion_mask = (torch.arange(size[1])[None] < torch.tensor(LENGTHS)[:, None]).long()
+    completion_ids = torch.randint(5, 45, size, generator=generator) * completion_mask
+    prompt_ids = torch.tensor([[6, 7, 8]] * GROUP + [[0, 9, 10]] * GROUP)
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    mask = torch.cat([(prompt_ids != 0).long(), completion_mask], dim=1)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    logprobs = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[:, -size[1] :, 0]
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": (prompt_ids != 0).long(),
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor([1.2, -0.4, -0.8, 0.3, 0.7, -1.5]),
+        "num_items_in_batch": completion_mask.sum(),
+        "old_per_token_logps": logprobs + 0.8 * (2 * torch.rand(size, generator=generator) - 1),
+        "ref_per_token_logps": logprobs + 0.5 * torch.randn(size, generator=generator),
+    }
+
+
+def build_trees(inputs: dict[str, torch.Tensor], more: dict[str, str] | None = None) -> list[Tree]:
+    """TRL's padded rows as one tree a prompt; `more` are further streams, theirs: ours."""
+    names = {"old_per_token_logps": "old_logprobs", "ref_per_token_logps": "ref_logprobs", **(more or {})}
+    trees = []
+    for first in range(0, len(inputs["prompt_ids"]), GROUP):
+        completions, streams = [], []
+        for row in range(first, first + GROUP):
+            kept = inputs["completion_mask"][row].bool()
+            completions.append(inputs["completion_ids"][row][kept].numpy())
+            advantage = np.full(len(completions[-1]), float(inputs["advantages"][row]))
+            own = {ours: inputs[theirs][row][kept].numpy() for theirs, ours in names.items() if theirs in inputs}
+            streams.append({"advantages": advantage, **own})
+        prompt = inputs["prompt_ids"][first][inputs["prompt_mask"][first].bool()].numpy()
+        trees.append(build_completions(prompt, completions, streams))
+    return trees

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -13,7 +12,7 @@ from polm.engine.score import score
 from polm.models.loading import load_model
 from polm.objectives.policy_gradient import build_policy_gradient
 from polm.signals.advantages import compute_group_advantages
-from polm.tokens import TokenBatch, Tree, build_completions, collate
+from polm.tokens import TokenBatch, collate
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -21,7 +20,6 @@ datasets = pytest.importorskip("datasets")
 GROUP = 3
 MAX_COMPLETION_TOKENS = 7
 PROMPTS = ["w1 w2 w3", "w4 w5"]
-LENGTHS = [7, 3, 5, 1, 6, 2]
 MODES = {"grpo": "sequences", "bnpo": "tokens", "dapo": "tokens", "dr_grpo": "constant"}
 
 
@@ -51,47 +49,6 @@ def build_trainer(
     return trainer
 
 
-def build_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Two groups of three completions of unlike length, with old log-probabilities off by up to 0.8."""
-    generator = torch.Generator().manual_seed(3)
-    size = (GROUP * len(PROMPTS), MAX_COMPLETION_TOKENS)
-    completion_mask = (torch.arange(size[1])[None] < torch.tensor(LENGTHS)[:, None]).long()
-    completion_ids = torch.randint(5, 45, size, generator=generator) * completion_mask
-    prompt_ids = torch.tensor([[6, 7, 8]] * GROUP + [[0, 9, 10]] * GROUP)
-    ids = torch.cat([prompt_ids, completion_ids], dim=1)
-    mask = torch.cat([(prompt_ids != 0).long(), completion_mask], dim=1)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    logprobs = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[:, -size[1] :, 0]
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": (prompt_ids != 0).long(),
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-        "advantages": torch.tensor([1.2, -0.4, -0.8, 0.3, 0.7, -1.5]),
-        "num_items_in_batch": completion_mask.sum(),
-        "old_per_token_logps": logprobs + 0.8 * (2 * torch.rand(size, generator=generator) - 1),
-        "ref_per_token_logps": logprobs + 0.5 * torch.randn(size, generator=generator),
-    }
-
-
-def build_trees(inputs: dict[str, torch.Tensor]) -> list[Tree]:
-    """TRL's padded rows as one tree a prompt."""
-    names = {"old_per_token_logps": "old_logprobs", "ref_per_token_logps": "ref_logprobs"}
-    trees = []
-    for first in range(0, len(inputs["prompt_ids"]), GROUP):
-        completions, streams = [], []
-        for row in range(first, first + GROUP):
-            kept = inputs["completion_mask"][row].bool()
-            completions.append(inputs["completion_ids"][row][kept].numpy())
-            advantage = np.full(len(completions[-1]), float(inputs["advantages"][row]))
-            own = {ours: inputs[theirs][row][kept].numpy() for theirs, ours in names.items() if theirs in inputs}
-            streams.append({"advantages": advantage, **own})
-        prompt = inputs["prompt_ids"][first][inputs["prompt_mask"][first].bool()].numpy()
-        trees.append(build_completions(prompt, completions, streams))
-    return trees
-
-
 @pytest.mark.parametrize(
     ("loss_type", "num_batches", "unbiased"),
     [("grpo", 1, True), ("grpo", 2, False), ("bnpo", 2, True), ("dapo", 1, False), ("dr_grpo", 2, True)],
@@ -105,8 +62,9 @@ def test_loss_with_clipping_and_penalty(
     tokenizer: PreTrainedTokenizerFast,
     arguments: dict[str, Any],
     agree: Any,
+    rows: Any,
 ) -> None:
-    inputs = build_inputs(model)
+    inputs = rows.build_inputs(model)
     trainer = build_trainer(
         model,
         tokenizer,
@@ -127,7 +85,7 @@ def test_loss_with_clipping_and_penalty(
         unbiased_kl=unbiased,
         log_entropy=True,
     )
-    trees = build_trees(inputs)
+    trees = rows.build_trees(inputs)
     batches: list[TokenBatch] = [collate(trees)] if num_batches == 1 else [collate([tree]) for tree in trees]
     metrics = agree(their_loss, model, objective, learner, batches)
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -149,11 +107,11 @@ def test_from_rollout_to_loss(
     tokenizer: PreTrainedTokenizerFast,
     arguments: dict[str, Any],
     agree: Any,
+    rows: Any,
 ) -> None:
     """TRL samples, rewards, scores its reference, and computes its loss; ours follows from ids and rewards alone."""
     trainer = build_trainer(model, tokenizer, arguments, loss_type="grpo", beta=0.07, scale_rewards=scale)
-    rows = [{"prompt": prompt} for prompt in PROMPTS for _ in range(GROUP)]
-    inputs = trainer._generate_and_score_completions(rows)
+    inputs = trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS for _ in range(GROUP)])
     their_loss = trainer.compute_loss(trainer.model, inputs)
     rewards_R = torch.tensor(trainer._logs["rewards"]["reward"])
     groups_R = torch.arange(len(PROMPTS)).repeat_interleave(GROUP)
@@ -161,7 +119,7 @@ def test_from_rollout_to_loss(
     assert advantages_R.tolist() == pytest.approx(inputs["advantages"].tolist(), rel=1e-5, abs=1e-6)
     assert advantages_R.abs().max() > 0.1
     their_reference = inputs.pop("ref_per_token_logps")[inputs["completion_mask"].bool()]
-    batch = collate(build_trees({**inputs, "advantages": advantages_R}))
+    batch = collate(rows.build_trees({**inputs, "advantages": advantages_R}))
     ref_logprobs_T = torch.zeros(batch.num_tokens)
     with torch.no_grad():
         ref_logprobs_T[batch.targets_N] = score(load_model(model.config._name_or_path), batch).logprobs_N
@@ -174,3 +132,35 @@ def test_from_rollout_to_loss(
         max_completion_tokens=MAX_COMPLETION_TOKENS,
     )
     agree(their_loss, model, objective, learner, [batch.with_streams(ref_logprobs=ref_logprobs_T)])
+
+
+def test_the_correction_for_the_generator(
+    learner: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: dict[str, Any],
+    agree: Any,
+    rows: Any,
+) -> None:
+    """Where vLLM has drawn the samples, TRL weights the loss of a token by min(p_old / p_sampler, cap)."""
+    trainer = build_trainer(model, tokenizer, arguments, loss_type="grpo", beta=0.07)
+    inputs = rows.build_inputs(model)
+    generator = torch.Generator().manual_seed(5)
+    gap = 0.4 * torch.randn(inputs["old_per_token_logps"].shape, generator=generator) * inputs["completion_mask"]
+    inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] - gap
+    inputs["importance_sampling_ratio"] = torch.exp(gap).clamp(max=1.2)
+    assert bool((torch.exp(gap) > 1.2).any())
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    trainer.vllm_importance_sampling_mode = "token_truncate"
+    their_loss = trainer.compute_loss(trainer.model, inputs)
+    objective = build_policy_gradient(
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_beta=0.07,
+        normalize="sequences",
+        max_completion_tokens=MAX_COMPLETION_TOKENS,
+        importance_cap=1.2,
+    )
+    trees = rows.build_trees(inputs, {"sampling_per_token_logps": "sampler_logprobs"})
+    metrics = agree(their_loss, model, objective, learner, [collate(trees)])
+    assert metrics["rl/importance_capped_fraction"] > 0.05

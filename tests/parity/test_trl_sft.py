@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: our loss and gradients equal those of TRL's SFTTrainer."""
+"""Supervised fine-tuning, plain and DFT: our loss and gradients equal those of TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from polm.objectives.dft import build_dft
 from polm.objectives.ntp import build_ntp
 from polm.tokens import Segment, build_completions, collate
 
@@ -35,9 +36,11 @@ def compute_theirs(
     return trainer.compute_loss(trainer.model, inputs), num_labels
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("num_batches", [1, 2])
 def test_completion_only(
     num_batches: int,
+    loss_type: str,
     learner: PreTrainedModel,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -49,12 +52,15 @@ def test_completion_only(
         ids = [tokenizer.convert_tokens_to_ids(text.split()) for text in (prompt, completion)]
         trees.append(build_completions(ids[0], [[*ids[1], tokenizer.eos_token_id]]))
     rows = [{"prompt": prompt + " ", "completion": completion} for prompt, completion in PAIRS]
-    arguments["completion_only_loss"] = True
+    arguments |= {"completion_only_loss": True, "loss_type": loss_type}
     their_loss, num_labels = compute_theirs(model, tokenizer, arguments, rows)
     batches = [collate(trees)] if num_batches == 1 else [collate(trees[:1]), collate(trees[1:])]
     assert num_labels == sum(batch.num_targets for batch in batches) == 11
-    metrics = agree(their_loss, model, build_ntp(), learner, batches)
-    assert metrics["ntp/nll"] == pytest.approx(their_loss.item(), rel=1e-5)
+    metrics = agree(their_loss, model, build_dft() if loss_type == "dft" else build_ntp(), learner, batches)
+    if loss_type == "nll":
+        assert metrics["ntp/nll"] == pytest.approx(their_loss.item(), rel=1e-5)
+    else:
+        assert metrics["ntp/nll"] > 2.0 * their_loss.item()  # the weights are far from 1
 
 
 def test_assistant_only_over_several_turns(

@@ -181,7 +181,7 @@ def test_an_interrupt_leaves_no_reply_behind(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_worker_that_cannot_start_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polm.rewards.math_worker.sys.executable", shutil.which("false"))
+    monkeypatch.setattr("polm.rewards.child.sys.executable", shutil.which("false"))
     broken = MathWorker()
     with pytest.raises(UserError, match="the math verifier did not start: no message"):
         broken.judge("1", "1", 1.0)

@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from polm.engine.score import score
 from polm.errors import NonFiniteError, UserError
-from polm.models.loading import prepare_model
+from polm.models.loading import compute_hidden, output_logits, prepare_model
 from polm.rollout import generate as module
-from polm.rollout.generate import Completion, SamplingParams, generate
-from polm.tokens import build_completions, collate
+from polm.rollout import reader
+from polm.rollout.generate import Completion, Mixture, SamplingParams, generate
+from polm.tokens import Segment, build_completions, collate
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -168,7 +169,7 @@ def test_a_prompt_is_read_once(
     """Also when its samples do not fit into one refill, and when the prefill is cut into several streams."""
     read: list[list[int]] = []
     rows: list[int] = []
-    plain_prefill, plain_decoder = module.prefill, module.run_decoder
+    plain_prefill, plain_decoder = reader.prefill, reader.run_decoder
 
     def counting_prefill(model: PreTrainedModel, prompts: Any, *rest: Any) -> Any:
         read.append([len(prompt) for prompt in prompts])
@@ -178,8 +179,8 @@ def test_a_prompt_is_read_once(
         rows.append(len(tokens_T))
         return plain_decoder(model, tokens_T, *rest)
 
-    monkeypatch.setattr(module, "prefill", counting_prefill)
-    monkeypatch.setattr(module, "run_decoder", counting_decoder)
+    monkeypatch.setattr(reader, "prefill", counting_prefill)
+    monkeypatch.setattr(reader, "run_decoder", counting_decoder)
     prompts = draw_prompts([6, 9, 4, 7])
     prompts.append(prompts[0])
     params = SamplingParams(max_new_tokens=4, num_samples=5, ignore_eos=True)
@@ -192,7 +193,7 @@ def test_a_prompt_is_read_once(
     assert sorted(length for lengths in read for length in lengths) == [4, 6, 7, 9]
 
     read.clear()
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 13)
+    monkeypatch.setattr(reader, "PREFILL_TOKENS", 13)
     assert token_lists(generate(llama, words, prompts, params)) == expected
     assert read == [[6], [9, 4], [7]]
 
@@ -201,13 +202,13 @@ def test_finished_rows_leave_the_batch_at_once(
     llama: PreTrainedModel, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    plain = module.run_decoder
+    plain = reader.run_decoder
 
     def counting(model: PreTrainedModel, tokens_T: torch.Tensor, *rest: Any) -> torch.Tensor:
         rows.append(len(tokens_T))
         return plain(model, tokens_T, *rest)
 
-    monkeypatch.setattr(module, "run_decoder", counting)
+    monkeypatch.setattr(reader, "run_decoder", counting)
     params = SamplingParams(max_new_tokens=20, num_samples=9, stop_token_ids=tuple(range(10, 22)))
     completions = generate(llama, words, draw_prompts([5]), params)
     lengths = [len(c.tokens) for c in completions]
@@ -386,3 +387,81 @@ def test_tokens_that_no_completion_may_begin_with(
         if temperature == 0.0:
             logp[list(banned)] = float("-inf")
             assert first == int(logp.argmax())
+
+
+# ---- two models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other() -> PreTrainedModel:
+    """Another layout of another family with the same words, unlike the first in what it would say."""
+    model = build("qwen3", num_hidden_layers=2, num_key_value_heads=4, max_position_embeddings=48)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(model.get_output_embeddings().weight.roll(5, 0))
+    return prepare_model(model, "other")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_a_mixture_equals_a_loop_without_cache(
+    temperature: float, llama: PreTrainedModel, other: PreTrainedModel, words: PreTrainedTokenizerFast
+) -> None:
+    """Token by token the log-probabilities are those of the renormalised product p^0.7 q^0.3, tempered, over both
+    models' own forward passes; greedy takes its best token."""
+    prompts = draw_prompts([7, 4, 10])
+    params = SamplingParams(max_new_tokens=9, temperature=temperature, num_samples=3, seed=4)
+    completions = generate(llama, words, prompts, params, max_rows=4, mixture=Mixture(other, 0.3))
+    assert len(completions) == 9
+    for completion in completions:
+        prompt = prompts[completion.prompt_index]
+        path = np.concatenate([prompt, completion.tokens])
+        with torch.no_grad():
+            logits = [
+                output_logits(model, compute_hidden(model, collate([(Segment(path),)])))[len(prompt) - 1 : -1]
+                for model in (llama, other)
+            ]
+        mixed = 0.7 * torch.log_softmax(logits[0], -1) + 0.3 * torch.log_softmax(logits[1], -1)
+        expected = torch.log_softmax(mixed / (temperature or 1.0), -1)
+        tokens = torch.from_numpy(completion.tokens)
+        own = expected.gather(1, tokens[:, None])[:, 0].numpy()
+        assert np.abs(own - completion.logprobs).max() < 1e-4
+        if temperature == 0.0:
+            assert torch.equal(expected.argmax(-1), tokens)
+
+
+def test_ends_of_a_mixture(llama: PreTrainedModel, other: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    """A share of 0 is the first model, of 1 the second, also where rows end, move and are refilled."""
+    prompts = draw_prompts([3, 8, 5, 8, 2])
+    params = SamplingParams(max_new_tokens=12, num_samples=3, seed=2, stop_token_ids=tuple(range(2, 14)))
+    alone = [token_lists(generate(model, words, prompts, params)) for model in (llama, other)]
+    for max_rows in (2, 4, 256):
+        for share in (0.0, 1.0):
+            mixture = Mixture(other, share)
+            found = token_lists(generate(llama, words, prompts, params, max_rows=max_rows, mixture=mixture))
+            assert found == alone[int(share)]
+    half = [
+        token_lists(generate(llama, words, prompts, params, max_rows=n, mixture=Mixture(other, 0.5))) for n in (2, 256)
+    ]
+    assert half[0] == half[1]
+    assert half[0] not in alone
+
+
+def test_a_mixture_in_the_memory_of_one(
+    llama: PreTrainedModel, other: PreTrainedModel, words: PreTrainedTokenizerFast
+) -> None:
+    """The bytes are for both caches; the room is that of the model with fewer positions; modes come back."""
+    prompts = draw_prompts([6, 6, 6])
+    params = SamplingParams(max_new_tokens=60, temperature=0.0, ignore_eos=True)
+    llama.train()
+    completions = generate(llama, words, prompts, params, max_cache_bytes=1, mixture=Mixture(other, 0.5))
+    assert [len(c.tokens) for c in completions] == [42] * 3  # 48 positions less 6
+    assert llama.training
+    whole = generate(llama, words, prompts, params, mixture=Mixture(other, 0.5))
+    assert token_lists(whole) == token_lists(completions)
+
+
+def test_mixtures_that_cannot_be(llama: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    narrow = prepare_model(build("llama", vocab_size=90), "narrow")
+    with pytest.raises(UserError, match="the models have 97 and 90 token ids"):
+        generate(llama, words, draw_prompts([3]), SamplingParams(max_new_tokens=2), mixture=Mixture(narrow, 0.5))
+    with pytest.raises(UserError, match=r"share is 1.5; expected a number from 0"):
+        Mixture(narrow, 1.5)

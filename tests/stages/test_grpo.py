@@ -17,7 +17,8 @@ from polm.recipe import GRPOSettings
 from polm.rewards.verify import Verdict
 from polm.rollout.generate import Completion
 from polm.stages import grpo
-from polm.stages.grpo import build_rollout_trees, compute_advantages, summarise
+from polm.stages.grpo import compute_advantages
+from polm.stages.rollouts import build_rollout_trees, summarise
 
 
 def test_a_turn(artifact: Any, check_trained: Any, read_rows: Any) -> None:
@@ -149,8 +150,7 @@ def test_trees_of_a_rollout() -> None:
 
 
 def test_a_rollout_in_numbers() -> None:
-    advantages = compute_advantages(SAMPLES, VERDICTS, 3, "none")
-    found = summarise(SAMPLES, VERDICTS, advantages)
+    found = summarise(SAMPLES, VERDICTS)
     assert {name: value for name, value in found.items() if not name.startswith("count/")} == {
         "rl/reward": 3 / 8,
         "rl/unparsed": 1 / 8,

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from polm.config import find_recipe, load_settings, recipe_folder
 from polm.data.readers import read_conversations
 from polm.errors import DataError, ModelError
 from polm.models.loading import load_tokenizer
 from polm.recipe import SFTSettings
+from polm.stages import sft
+from polm.stages.common import Context
 
 
 def test_a_turn(artifact: Any, check_trained: Any, check_packed: Any, read_rows: Any) -> None:
@@ -98,6 +101,64 @@ def test_long_conversations(artifact: Any, tmp_path: Path, policy: str, expected
     settings = {"bin_tokens": 64, "updates": 1, "too_long": policy}
     manifest = artifact.run("sft", SFTSettings(**settings), inputs, tmp_path / "out")
     assert {name: manifest["ledger"].get(name, 0) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (recipe_folder() / "sft").glob("*.yaml")))
+def test_shipped_recipes_run(name: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """Two updates on the tiny model; the method shows in what is measured."""
+    words = ["epochs=null", "updates=2", "bin_tokens=192", "bins_per_update=2", "micro_bins=0", "precision=fp32"]
+    words += ["optimizer.learning_rate=0.01", "schedule.warmup_updates=0", "checkpoint_every=0"]
+    settings = load_settings(SFTSettings, find_recipe(f"sft/{name}"), words, section="sft")
+    artifact.run("sft", settings, artifact.inputs("sft"), tmp_path / "out")
+    plain = settings.model_copy(update={"loss": "nll", "neftune_alpha": 0.0})
+    artifact.run("sft", plain, artifact.inputs("sft"), tmp_path / "plain")
+    lines, expected = (read_rows(tmp_path / folder / "metrics.jsonl") for folder in ("out", "plain"))
+    assert lines[1]["ntp/nll"] < lines[0]["ntp/nll"]
+    if settings.loss == "dft":
+        assert lines[0]["ntp/nll"] == expected[0]["ntp/nll"]  # before the first update
+        assert lines[0]["loss"] < lines[0]["ntp/nll"]
+        assert 0.0 < lines[0]["dft/probability"] < 1.0
+    elif settings.neftune_alpha:  # the likelihood under noise is another one
+        assert abs(lines[0]["ntp/nll"] - expected[0]["ntp/nll"]) > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_a_stopped_run_goes_on_to_the_same_noise(loss: str, artifact: Any, hash_files: Any, tmp_path: Path) -> None:
+    changes = {"loss": loss, "neftune_alpha": 5.0, "updates": 4, "checkpoint_every": 2, "micro_bins": 1}
+    settings = SFTSettings(bin_tokens=64, bins_per_update=2, precision="fp32", **changes)
+    quiet = {"inputs": artifact.inputs("sft"), "say": lambda _: None}
+
+    def stop(line: Any) -> None:
+        if line["update"] == 3:
+            raise InterruptedError
+
+    sft.run(settings, Context(tmp_path / "whole", **quiet))
+    with pytest.raises(InterruptedError):
+        sft.run(settings, Context(tmp_path / "parts", report=stop, **quiet))
+    sft.run(settings, Context(tmp_path / "parts", **quiet))
+    assert hash_files(tmp_path / "parts") == hash_files(tmp_path / "whole")
+    sft.run(settings.model_copy(update={"neftune_alpha": 0.0}), Context(tmp_path / "plain", **quiet))
+    assert hash_files(tmp_path / "plain") != hash_files(tmp_path / "whole")
+
+
+def test_weights_of_the_data_with_both_methods(artifact: Any, tmp_path: Path, read_rows: Any) -> None:
+    """An answer of weight 0 is context, and one of weight 0.5 counts half, in DFT too."""
+    first, second = chat("add 1 and 2 .", "#### 3"), chat("add 2 and 2 .", "#### 4")
+
+    def train(name: str, *rows: dict[str, Any]) -> float:
+        inputs = {"base": str(artifact("midtrain")), "data": write(tmp_path / f"{name}.jsonl", list(rows))}
+        settings = SFTSettings(bin_tokens=64, updates=1, precision="fp32", loss="dft")
+        artifact.run("sft", settings, inputs, tmp_path / name)
+        return float(read_rows(tmp_path / name / "metrics.jsonl")[0]["loss"])
+
+    def weigh(row: dict[str, Any], weight: float) -> dict[str, Any]:
+        return {"messages": [row["messages"][0], {**row["messages"][1], "weight": weight}]}
+
+    alone = train("first", first), train("second", second)
+    mixed = train("half", weigh(first, 0.5), second)
+    assert mixed == pytest.approx((0.5 * alone[0] + alone[1]) / 1.5, rel=1e-5)
+    ignored = {"messages": [*first["messages"], *weigh(second, 0)["messages"]]}
+    assert train("ignored", ignored) == pytest.approx(alone[0], rel=1e-5)
 
 
 def test_mistakes(artifact: Any, tmp_path: Path) -> None:

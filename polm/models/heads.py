@@ -1,0 +1,195 @@
+"""Models whose head gives numbers in place of a vocabulary: reward models, process reward models, critics.
+
+They are Hugging Face's own classes, loaded, checked and saved as `loading` does it for language models. Layouts:
+
+* `sequence`  AutoModelForSequenceClassification: what its forward returns is the value at the last token that is not
+              the padding token. With one label: a reward model.
+* `token`     AutoModelForTokenClassification: a value a label at every token. With two labels: a process reward model.
+
+In both a head stands behind the last norm and is read here at every token of the stream, so a critic may have either
+layout. A dropout before the head is not computed.
+
+Shape suffixes: T tokens of the stream, D width, L labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from polm.errors import ModelError
+from polm.models.loading import (
+    LOADING_CURE,
+    first_line,
+    locate,
+    require_all_weights,
+    require_source,
+    switch_to_forest,
+)
+
+Layout = Literal["sequence", "token"]
+CLASSES: dict[Layout, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
+SUFFIXES: dict[Layout, str] = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
+HEADS = ("score", "classifier")  # what transformers calls the head of its classifiers
+SEPARATOR_FIELD = "step_separator"  # of a process reward model's config: the text behind each step
+# Prefixes of the check's ids that a sequence classifier is run on: it gives one value a sequence.
+CHECKED_LENGTHS = (3, 5, 8, 12)
+
+
+def find_scalar_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The linear head [L, D] of a classifier; None for a model without one, such as a language model."""
+    return next((head for name in HEADS if isinstance(head := getattr(model, name, None), nn.Linear)), None)
+
+
+def compute_values(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
+    """Values of the final hidden states (`loading.compute_hidden`), float32 [T, L], with gradients.
+
+    The head is computed in float32 under autocast too: it is small, and rewards are differences. Raises ModelError for
+    a model without such a head.
+    """
+    head = find_scalar_head(model)
+    if head is None:
+        raise ModelError(
+            f"{model.config.model_type}: values were asked of a model without a head that gives them; build one with "
+            "build_scalar_model, or give a sequence or token classification checkpoint"
+        )
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return nn.functional.linear(hidden_TD.float(), head.weight.float(), bias)
+
+
+def read_layout(source: str | Path) -> Layout | None:
+    """The layout that the config of a checkpoint names; None for a language model.
+
+    Raises ModelError for a checkpoint that cannot be found.
+    """
+    name = require_source(source, "model")
+    try:
+        architectures = AutoConfig.from_pretrained(**locate(name)).architectures or ()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
+    return next((layout for layout, suffix in SUFFIXES.items() if any(a.endswith(suffix) for a in architectures)), None)
+
+
+def load_scalar_model(
+    source: str | Path, *, num_labels: int = 1, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load a sequence or token classification checkpoint with `num_labels` labels, ready for the token forest.
+
+    Raises ModelError for a checkpoint of another kind or number of labels, and for what `load_model` refuses.
+    """
+    name = require_source(source, "model")
+    layout = read_layout(name)
+    if layout is None:
+        raise ModelError(
+            f"{name} is a language model: its config names no class that ends in {' or '.join(SUFFIXES.values())}; "
+            "train a reward model from it first (polm reward_model, polm process_reward_model)"
+        )
+    model: PreTrainedModel
+    try:
+        model, report = CLASSES[layout].from_pretrained(**locate(name), dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
+    require_all_weights(report["missing_keys"], name)
+    if int(model.config.num_labels) != num_labels:
+        raise ModelError(f"{name} has {model.config.num_labels} labels, and {num_labels} are needed here")
+    return prepare_scalar_model(model.to(device), name, layout)
+
+
+def build_scalar_model(
+    base: PreTrainedModel,
+    layout: Layout,
+    *,
+    num_labels: int = 1,
+    spread: float | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A classifier with the trunk of a language model (copied) and a fresh head.
+
+    spread   standard deviation of the head's normal weights; None = 1 / sqrt(D + 1), with which values begin with a
+             spread near 1 (Stiennon et al. 2020, arXiv 2009.01325, their code); 0 = all values begin at 0. A bias
+             begins at 0. Drawn from `seed` alone.
+
+    The padding token of the config, which a sequence classifier skips at the end, is the base's. Raises ModelError
+    where transformers has no such class for the architecture.
+    """
+    name = f"the {layout} classifier of {base.config.name_or_path or base.config.model_type}"
+    config = copy.deepcopy(base.config.get_text_config())
+    config.num_labels = num_labels
+    config.classifier_dropout = 0.0
+    try:
+        model: PreTrainedModel = CLASSES[layout].from_config(config, dtype=base.dtype, attn_implementation="sdpa")
+        model.get_decoder().load_state_dict(base.get_decoder().state_dict())
+    except (ValueError, RuntimeError) as error:
+        other = "token" if layout == "sequence" else "sequence"
+        raise ModelError(f"{name} cannot be built: {first_line(error)}. Try the layout {other}") from error
+    _fill_head(model, name, 1.0 / math.sqrt(config.hidden_size + 1) if spread is None else spread, seed)
+    return prepare_scalar_model(model.to(base.device), name, layout)
+
+
+def _fill_head(model: PreTrainedModel, name: str, spread: float, seed: int) -> None:
+    head = _require_head(model, name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(spread * torch.randn(head.weight.shape, generator=generator))
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def prepare_scalar_model(model: PreTrainedModel, name: str, layout: Layout) -> PreTrainedModel:
+    """Switch a classifier to the forest attention, and check that its values are those of its own forward pass.
+
+    For the check the head is filled with random numbers: one of zeros would hide any difference. A value that is not a
+    finite number is refused with the head as it is.
+    """
+    head = _require_head(model, name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # the one before the head, which `compute_values` does not have
+            module.p = 0.0
+    kept = [p.detach().clone() for p in head.parameters()]
+    if not all(bool(torch.isfinite(p).all()) for p in kept):
+        raise ModelError(f"{name} has a head that is not finite: its weights are damaged; copy or download it again")
+    places = [length - 1 for length in CHECKED_LENGTHS]
+
+    def compute_own(ids: Tensor) -> Tensor:
+        if layout == "token":
+            values_TL: Tensor = model(input_ids=ids[None]).logits[0]
+            return values_TL[places].float()
+        return torch.cat([model(input_ids=ids[None, :length]).logits for length in CHECKED_LENGTHS]).float()
+
+    try:
+        _fill_head(model, name, 1.0 / math.sqrt(head.weight.shape[1]), seed=0)
+        return switch_to_forest(
+            model,
+            name,
+            own=compute_own,
+            read=lambda hidden_TD: compute_values(model, hidden_TD)[places],
+            what="values",
+            kind=f"a {layout} classifier",
+        )
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(head.parameters(), kept, strict=True):
+                parameter.copy_(before)
+
+
+def _require_head(model: PreTrainedModel, name: str) -> nn.Linear:
+    head = find_scalar_head(model)
+    if head is None:
+        raise ModelError(
+            f"{name} ({model.config.model_type}) has no linear head named {' or '.join(HEADS)} behind its trunk; use a "
+            "plain decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)"
+        )
+    return head

@@ -1,0 +1,120 @@
+"""Answers that a model writes to prompts, with their rewards: what the stages that make data of them share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polm.data.packing import epoch_order, mix_seed
+from polm.data.readers import Prompt, read_prompts, write_jsonl
+from polm.recipe import AnswerSettings
+from polm.rewards.base import Reward, Rewarder
+from polm.rewards.selection import Answer
+from polm.rollout.answers import sample_answers
+from polm.stages.common import Base, Context, input_file
+from polm.stages.rollouts import judge_completions, load_rewarder, require_room
+from polm.text.chat import render_prompt
+
+PART_ANSWERS = 2048  # answers drawn and judged at a time; a killed stage draws only the part anew that it was in
+
+
+def choose_prompts(settings: AnswerSettings, context: Context, seed: int) -> list[Prompt]:
+    """`num_prompts` of prompts.jsonl (0 = all) in the order that `seed` gives.
+
+    Answers and verifiers are asked of the prompts where the verifier is a source of the reward.
+    """
+    prompts = read_prompts(input_file(context, "data", "prompts.jsonl"), judged="verifier" in settings.reward)
+    order = epoch_order(len(prompts), seed, 0)
+    return [prompts[int(i)] for i in order[: settings.num_prompts or len(prompts)]]
+
+
+def draw_answers(
+    settings: AnswerSettings, context: Context, base: Base, prompts: Sequence[Prompt], seed: int
+) -> list[Answer]:
+    """`samples` judged answers of `base` to each prompt, in order; a function of the seed, if the rewarder is one.
+
+    They are drawn in parts, each kept in the folder `answers` until `finish_answers`: a killed stage goes on there.
+    """
+    rewarder = load_rewarder(settings, context, base)
+    encoded = [render_prompt(base.tokenizer, [{"role": "user", "content": p.prompt}]) for p in prompts]
+    require_room(encoded, base.max_positions)
+    size = max(1, PART_ANSWERS // settings.samples)
+    answers: list[Answer] = []
+    for first in range(0, len(prompts), size):
+        part = slice(first, first + size)
+        file = _folder(context) / f"{first:08d}.jsonl"
+        if not file.is_file():
+            report = _Progress(context, len(answers), len(prompts) * settings.samples)
+            rows = _draw_part(settings, base, rewarder, prompts[part], encoded[part], mix_seed(seed, first), report)
+            write_jsonl(file, rows)
+        answers += _read_part(file, first)
+    return answers
+
+
+class _Progress:
+    """Progress within a part as progress of the whole."""
+
+    def __init__(self, context: Context, before: int, total: int):
+        self.context, self.before, self.total = context, before, total
+
+    def __call__(self, done: int, total: int) -> None:
+        del total
+        self.context.report({"update": self.before + done, "num_updates": self.total})
+
+
+def _draw_part(
+    settings: AnswerSettings,
+    base: Base,
+    rewarder: Rewarder,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Any],
+    seed: int,
+    report: _Progress,
+) -> list[dict[str, Any]]:
+    """One row a prompt, with all of its answers."""
+    completions = sample_answers(
+        base.model,
+        base.tokenizer,
+        encoded,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        samples=settings.samples,
+        seed=seed,
+        precision=settings.precision,
+        progress=report,
+    )
+    rewards = judge_completions(rewarder, prompts, encoded, completions)
+    rows: list[dict[str, Any]] = [{"prompt": p.prompt, "answers": []} for p in prompts]
+    for completion, reward in zip(completions, rewards, strict=True):
+        row = {"text": completion.text, "cut_off": completion.finish == "length"}
+        row |= {"status": reward.status, "reward": reward.value} | ({"note": reward.note} if reward.note else {})
+        rows[completion.prompt_index]["answers"].append(row)
+    return rows
+
+
+def _read_part(file: Path, first: int) -> Iterator[Answer]:
+    for number, raw in enumerate(file.read_text(encoding="utf-8").splitlines(), start=first):
+        for row in json.loads(raw)["answers"]:
+            reward = Reward(row["reward"], row["status"], row.get("note", ""))
+            yield Answer(number, row["text"], row["cut_off"], reward)
+
+
+def finish_answers(context: Context) -> None:
+    """All parts as one file, answers.jsonl; called when what is made of them has been written."""
+    parts = sorted(_folder(context).glob("*.jsonl"))
+    write_jsonl(context.workdir / "answers.jsonl", _read_rows(parts))
+    shutil.rmtree(_folder(context))
+
+
+def _read_rows(files: Sequence[Path]) -> Iterator[Mapping[str, Any]]:
+    for file in files:
+        yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
+
+
+def _folder(context: Context) -> Path:
+    return context.workdir / "answers"
