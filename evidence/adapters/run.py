@@ -269,23 +269,24 @@ def write_table(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) ->
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Likelihood and accuracy over trained parameters: differences to full fine-tuning with 95 % t intervals."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    for axis, name, label in (
-        (axes[0], "nll", "NLL of held-out solutions over full fine-tuning, nats/token (less is better)"),
-        (axes[1], "accuracy", "greedy accuracy over full fine-tuning, points"),
-    ):
-        for kind in KINDS:
-            if kind == FULL:
-                continue
+    """Likelihood and accuracy of each adapter: differences to full fine-tuning with 95 % t intervals over the seeds."""
+    kinds = [kind for kind in KINDS if kind != FULL]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    panels = (
+        ("nll", "NLL of held-out solutions, nats/token (less is better)"),
+        ("accuracy", "greedy accuracy, points (more is better)"),
+    )
+    for axis, (name, label) in zip(axes, panels, strict=True):
+        for place, kind in enumerate(kinds):
             gap = compute_t_interval([row[kind][name] - row[FULL][name] for row in rows])
-            mean, trained = gap.mean_difference, rows[0][kind]["trained"]
-            axis.errorbar(trained, mean, [[mean - gap.low95], [gap.high95 - mean]], fmt="o", capsize=3)
-            axis.annotate(kind, (trained, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
-        axis.axhline(0, color="0.5", linewidth=1)
-        axis.set_xscale("log")
-        axis.set_xlabel("trained parameters")
-        axis.set_ylabel(label, fontsize=8)
+            mean = gap.mean_difference
+            axis.errorbar(mean, place, xerr=[[mean - gap.low95], [gap.high95 - mean]], fmt="o", capsize=3, color="C0")
+        axis.axvline(0, color="0.5", linewidth=1)
+        axis.set_xlabel(f"over full fine-tuning: {label}", fontsize=8)
+    trained = [f"{kind} ({rows[0][kind]['trained']:,.0f})" for kind in kinds]
+    axes[0].set_yticks(range(len(kinds)), trained, fontsize=8)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"in brackets: trained parameters, of {rows[0][FULL]['trained']:,.0f}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
