@@ -37,7 +37,7 @@ MODELS = {
 UNITS = {"sft": "tokens/s", "dpo": "pairs/s", "grpo": "steps/s", "scoring": "tokens/s", "midtrain": "tokens/s"}
 BOTH = ("best", "defaults")
 # With its defaults the peer takes minutes for one repetition of these.
-SIDES = {work: ("best",) for work in ("grpo", "generation-varying", "generation-equal")}
+SIDES = dict.fromkeys(("grpo", "generation-varying", "generation-equal"), ("best",))
 # Relative difference of the two sides' first losses that is let pass. The loss of DPO is made of small differences of
 # sums over whole answers, whose last digits float32 does not keep.
 GUARD = {"dpo": 1e-4}

@@ -1,7 +1,7 @@
 """The peers' side: TRL's trainers and `transformers`' generate, each with the settings of `SETTINGS`.
 
-`best` is what was found by trying (`python -m bench --tune`, bench/README.md); `defaults` is what a user gets who sets nothing but
-the precision. Names that begin with `try-` are candidates for the tuning only.
+`best` is what was found by trying (`python -m bench --tune`, bench/README.md); `defaults` is what a user gets who sets
+nothing but the precision. Names that begin with `try-` are candidates for the tuning only.
 """
 
 from __future__ import annotations

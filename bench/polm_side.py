@@ -83,7 +83,14 @@ class Watched:
 
 
 def train(
-    channel: Channel, spec: Spec, model: Any, source: BatchSource, objective: Objective, count: Any, guard: float | None
+    channel: Channel,
+    spec: Spec,
+    model: Any,
+    source: BatchSource,
+    objective: Objective,
+    count: Callable[[Step], dict[str, float]],
+    guard: float | None,
+    warmup: int = 2,
 ) -> None:
     """Run the loop; each update is a tick."""
     meter = Meter(channel, spec.seconds, warmup, guard)

@@ -406,5 +406,5 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(build_tiny: Bu
 def test_activation_checkpointing_is_refused_where_there_is_none(build_tiny: Build) -> None:
     model = build_tiny()
     model.supports_gradient_checkpointing = False
-    with pytest.raises(ModelError, match="qwen3 does not support it.*false"):
+    with pytest.raises(ModelError, match=r"qwen3 does not support it.*false"):
         loop.set_activation_checkpointing(model, True)
