@@ -88,7 +88,7 @@ def train(
     model: Any,
     source: BatchSource,
     objective: Objective,
-    count: Any,
+    count: Callable[[Step], dict[str, float]],
     guard: float | None,
     warmup: int = 2,
 ) -> None:

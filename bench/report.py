@@ -60,7 +60,8 @@ def build(data: Mapping[str, Any]) -> str:
     parts = [
         "# Benchmarks\n\nWritten by `make bench`; what is measured, and how, stands in `bench/README.md`. All numbers "
         "of a row come from one run, polm and its peer in alternation, repetition by repetition, each in a process of "
-        "its own; the ratio is the median over neighbouring repetitions. Brackets hold the least and the greatest.\n",
+        "its own; the ratio is the median over neighbouring repetitions. Brackets hold the least and the greatest "
+        "value.\n",
         describe(machine),
     ]
     for work, title in WORK.items():
