@@ -30,7 +30,7 @@ from polm.recipe import (
     PretrainSettings,
     SFTSettings,
 )
-from polm.recipe_adapter import ADAPTER_KNOBS
+from polm.recipe_adapter import ADAPTER_KNOBS, AdapterSettings
 from polm.stages import common
 from polm.stages.common import load_base
 from polm.tokens import build_document, collate
@@ -417,3 +417,18 @@ def test_the_loss_falls(kind: str, artifact: Any, tmp_path: Path, read_rows: Any
 def test_4_bits_without_a_gpu(artifact: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter.quantize: nf4 needs a CUDA GPU, and this machine has none"):
         run_sft(artifact, tmp_path / "out", {"kind": "lora", "quantize": "nf4"})
+
+
+@pytest.mark.parametrize("stage", ["rloo", "reinforce_pp", "remax", "ppo"])
+def test_stages_of_reinforcement_learning_take_an_adapter(stage: str, artifact: Any, tmp_path: Path) -> None:
+    """Only the adapter is trained and kept, and its absence is the reference of the KL penalty: zero at the start."""
+    settings = artifact.spec(stage)[1].model_copy(
+        update={"updates": 2, "kl_beta": 0.1, "adapter": AdapterSettings(kind="lora", rank=2)}
+    )
+    manifest = artifact.run(stage, settings, artifact.inputs(stage), tmp_path / "out")
+    assert manifest["summary"]["adapter"] == "LORA"
+    assert manifest["summary"]["trained_parameters"] < manifest["summary"]["parameters"] / 4
+    assert (tmp_path / "out" / "model" / "adapter_config.json").is_file()
+    assert not (tmp_path / "out" / "model" / "model.safetensors").exists()
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["rl/kl_penalty"]) < 1e-5
