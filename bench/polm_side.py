@@ -25,8 +25,8 @@ from bench.setup import (
     preferences,
     questions,
 )
-from polm.data.examples import attach_streams
 from polm.data.packing import pack_best_fit, pack_trees
+from polm.data.tree_store import AttachedTrees
 from polm.engine.annotate import annotate_trees
 from polm.engine.device import pick_device, use_bf16
 from polm.engine.fit import BatchSource, fit
@@ -147,7 +147,7 @@ def run_dpo(channel: Channel, spec: Spec) -> None:
     marks = [{"sign": 1.0}, {"sign": -1.0}]
     trees: list[Tree] = [build_completions(prompt, [good, bad], marks=marks) for prompt, good, bad in rows]
     scores = annotate_trees(load(spec, "reference"), trees, bin_tokens=CONTEXT, bf16=is_bf16(spec))
-    trees = attach_streams(trees, {"ref_logprobs": scores.logprobs})
+    trees = AttachedTrees(trees, {"ref_logprobs": scores.logprobs})
     objective = build_preference("sigmoid", Knobs(beta=0.1))
 
     def count(step: Step) -> dict[str, float]:
@@ -195,7 +195,7 @@ def run_midtrain(channel: Channel, spec: Spec) -> None:
         )
     if spec.side == "polm":
         scores = annotate_trees(load(spec, "reference"), trees, bin_tokens=CONTEXT, bf16=is_bf16(spec))
-        trees = attach_streams(trees, {"ref_logprobs": scores.logprobs})
+        trees = AttachedTrees(trees, {"ref_logprobs": scores.logprobs})
     source: Any = pack(trees, spec)
     if spec.side == "live":
         source = LiveReference(source, load(spec, "reference").eval(), is_bf16(spec))

@@ -194,7 +194,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     killed = 0
     for attempt in range(20):
         child = start_child(**order)
-        child.join(0.8 * 1.5**attempt)
+        child.join(0.3 * 1.4**attempt)
         if child.exitcode is not None:
             break
         child.kill()
