@@ -1,7 +1,7 @@
 """What the parts share: the model of a seed (data, base, SFT), sampling, measuring by gold, files that outlive a kill.
 
-Everything lies under runs/alignment/SEED and is made once, by polm's own stages; a part writes one file a seed into
-seeds/, after every arm.
+Everything lies under runs/alignment/SEED and is made once, by polm's own stages; a part writes one file a seed,
+after every arm, which comes into seeds/ when it is whole.
 """
 
 from __future__ import annotations
@@ -215,14 +215,11 @@ def write_labels(
 # ---- files of a part -------------------------------------------------------------------------------------------------
 
 
-def seed_file(part: str, seed: int) -> Path:
-    return HERE / "seeds" / f"{part}-{seed}.json"
-
-
 def read_rows(part: str, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """The files of a part, by seed; of the reporting seeds alone unless others are named."""
     wanted = SEEDS if seeds is None else seeds
-    return [json.loads(seed_file(part, seed).read_text()) for seed in wanted if seed_file(part, seed).is_file()]
+    paths = [HERE / "seeds" / f"{part}-{seed}.json" for seed in wanted]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
 def read_row(path: Path) -> dict[str, Any]:

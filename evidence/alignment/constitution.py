@@ -30,7 +30,6 @@ from common import (
     read_row,
     read_rows,
     run_stage,
-    seed_file,
     write_row,
 )
 from task import ASK_CRITIQUE, ASK_REVISION, draw_asked, gold, revise, write_critique, write_story
@@ -40,6 +39,7 @@ from polm.demo.corpus import is_held_out
 from polm.evals.claims import build_claim
 
 PART = "constitution"
+MY_SEEDS = SEEDS[:3]
 NUM_TALKS, CRITIC_EPOCHS, NUM_PROMPTS = 2500, 1, 1500
 ALLOWED_LOSS = 0.25  # points of helpfulness of 10
 TUNING_SEED = 2
@@ -125,11 +125,10 @@ def fine_tune(world: World, revisions: Path) -> dict[str, Path]:
     }
 
 
-def run(seed: int) -> dict[str, Any]:
-    path = seed_file(PART, seed)
+def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
     if "revised" in row["arms"]:
-        return row
+        return
     world = prepare(seed)
     prompts = read_questions(world.data / "held_out")
     row["sft"] = describe(measure(load(world.sft), world, prompts))
@@ -143,7 +142,6 @@ def run(seed: int) -> dict[str, Any]:
         row["arms"][arm] = describe(measure(load(folder), world, prompts))
     write_row(path, row)
     print(f"{PART} seed {seed}: {row['texts']} {row['arms']}", flush=True)
-    return row
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -218,11 +216,6 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "constitution.png", dpi=110)
     plt.close(figure)
-
-
-def main(seeds: Sequence[int]) -> None:
-    for seed in seeds or SEEDS:
-        run(seed)
 
 
 if __name__ == "__main__":

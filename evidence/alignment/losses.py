@@ -30,7 +30,6 @@ from common import (
     read_row,
     read_rows,
     run_stage,
-    seed_file,
     write_labels,
     write_row,
 )
@@ -49,6 +48,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     WARM: ("discopop", {"discopop_temperature": 0.2}),  # at the paper's 0.05 margins first fall (its docstring)
 }
 ARMS = (*sorted(path.stem for path in RECIPES.glob("*.yaml")), *VARIANTS)
+MY_SEEDS = SEEDS
 NUM_PAIRS = 600
 TRAIN = {"epochs": 1, "bin_tokens": 1024, "bins_per_update": 1, "micro_bins": 0, "checkpoint_every": 0, "log_every": 5}
 SCHEDULE = {"kind": "linear", "warmup_updates": 3}
@@ -94,9 +94,8 @@ def prepare_pairs(seed: int) -> tuple[World, Base, list[str], Measured]:
     return world, sft, prompts, measure(sft, world, prompts)
 
 
-def run(seed: int, arms: Sequence[str] = ARMS) -> None:
-    """All arms of a seed at their chosen rates; seeds/losses-SEED.json is written after each."""
-    path = seed_file(PART, seed)
+def run(seed: int, path: Path, arms: Sequence[str] = ARMS) -> None:
+    """All arms of a seed at their chosen rates; `path` is written after each."""
     row = {"seed": seed, **read_row(path)}
     missing = [arm for arm in arms if arm not in row["arms"]]
     if not missing:
@@ -221,11 +220,6 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "losses.png", dpi=110)
     plt.close(figure)
-
-
-def main(seeds: Sequence[int]) -> None:
-    for seed in seeds or SEEDS:
-        run(seed)
 
 
 if __name__ == "__main__":

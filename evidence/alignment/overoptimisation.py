@@ -31,7 +31,6 @@ from common import (
     read_rows,
     run_stage,
     sample,
-    seed_file,
     write_row,
 )
 from safetensors.torch import load_file
@@ -173,8 +172,7 @@ def run_algorithm(world: World, sft: Base, proxy: RewardModel, name: str, rate: 
     return points
 
 
-def run(seed: int) -> None:
-    path = seed_file(PART, seed)
+def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
     world = prepare(seed)
     sft = load(world.sft)
@@ -278,11 +276,6 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "overoptimisation.png", dpi=110)
     plt.close(figure)
-
-
-def main(seeds: Sequence[int]) -> None:
-    for seed in seeds or MY_SEEDS:
-        run(seed)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from common import (
     read_row,
     read_rows,
     run_stage,
-    seed_file,
     write_row,
 )
 
@@ -44,6 +43,7 @@ from polm.stages.common import Base
 from polm.text.chat import stop_token_ids
 
 PART = "reft"
+MY_SEEDS = SEEDS[:3]
 NAMES = ("add", "sub", "mul")
 NUM_DOCUMENTS, CORRUPTED_SHARE = 12_000, 0.12
 NUM_QUESTIONS, NUM_ITEMS = 800, 150
@@ -155,8 +155,7 @@ def train(seed: int, arm: str, more_epochs: int = MORE_EPOCHS) -> Path:
     return warm
 
 
-def run(seed: int) -> None:
-    path = seed_file(PART, seed)
+def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
     for arm in ARMS:
         if arm not in row["arms"]:
@@ -210,11 +209,6 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "reft.png", dpi=110)
     plt.close(figure)
-
-
-def main(seeds: Sequence[int]) -> None:
-    for seed in seeds or SEEDS:
-        run(seed)
 
 
 if __name__ == "__main__":

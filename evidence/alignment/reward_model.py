@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,7 +22,6 @@ from common import (
     read_rows,
     run_stage,
     sample,
-    seed_file,
     write_labels,
     write_row,
 )
@@ -36,6 +36,7 @@ from polm.stages.common import Base
 from polm.tokens import Array
 
 PART = "reward_model"
+MY_SEEDS = SEEDS[:3]
 SIZES = (50, 200, 800, 3200)
 UPDATES: Mapping[int, int] = {50: 10, 200: 25, 800: 50, 3200: 100}
 TRAIN_SAMPLES, TEST_SAMPLES = 21, 22  # draws of their own
@@ -105,8 +106,7 @@ def evaluate(model: RewardModel, sft: Base, world: World) -> dict[str, float]:
     }
 
 
-def run(seed: int) -> None:
-    path = seed_file(PART, seed)
+def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
     world = prepare(seed)
     sft = load(world.sft)
@@ -194,11 +194,6 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "reward_model.png", dpi=110)
     plt.close(figure)
-
-
-def main(seeds: Sequence[int]) -> None:
-    for seed in seeds or SEEDS:
-        run(seed)
 
 
 if __name__ == "__main__":

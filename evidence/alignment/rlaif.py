@@ -27,7 +27,6 @@ from common import (
     read_row,
     read_rows,
     run_stage,
-    seed_file,
     write_row,
 )
 from task import ASK_GRADE, compute_grade, draw_asked, gold, write_story
@@ -37,6 +36,7 @@ from polm.demo.corpus import is_held_out
 from polm.evals.claims import build_claim
 
 PART = "rlaif"
+MY_SEEDS = SEEDS[:3]
 NUM_GRADED, JUDGE_EPOCHS = 3000, 1
 ARMS = ("people", "judge", "gold")
 TUNING_SEED = 2
@@ -92,8 +92,7 @@ def compute_agreement(file: Path) -> float:
     return float(np.mean([(d > 0) + 0.5 * (d == 0) for d in differences]))
 
 
-def run(seed: int) -> None:
-    path = seed_file(PART, seed)
+def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
     world, sft, prompts, control = losses.prepare_pairs(seed)
     labels = label(world)
@@ -173,11 +172,6 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "rlaif.png", dpi=110)
     plt.close(figure)
-
-
-def main(seeds: Sequence[int]) -> None:
-    for seed in seeds or SEEDS:
-        run(seed)
 
 
 if __name__ == "__main__":

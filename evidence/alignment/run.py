@@ -4,7 +4,7 @@ python evidence/alignment/run.py losses              # the reporting seeds
 python evidence/alignment/run.py losses 100 101      # some seeds only
 python evidence/alignment/run.py table               # only add up what is in seeds/
 
-A seed whose file is whole is not run again, and a run that was stopped goes on where it was.
+A seed whose file is in seeds/ is not run again, and a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import overoptimisation
 import reft
 import reward_model
 import rlaif
-from common import HERE
+from common import HERE, RUNS, read_row, write_row
 
 from polm.evals.claims import write_claims
 
@@ -35,6 +35,17 @@ PARTS: dict[str, ModuleType] = {
     "constitution": constitution,
     "reft": reft,
 }
+
+
+def run_seed(module: ModuleType, part: str, seed: int) -> None:
+    """Run a seed of a part; its file comes into seeds/ when all of its arms are there."""
+    done = HERE / "seeds" / f"{part}-{seed}.json"
+    if done.is_file():
+        return
+    unfinished = RUNS / "unfinished" / done.name
+    module.run(seed, unfinished)
+    write_row(done, read_row(unfinished))
+    unfinished.unlink()
 
 
 def fill_readme(path: Path, tables: Mapping[str, str]) -> None:
@@ -52,7 +63,8 @@ def fill_readme(path: Path, tables: Mapping[str, str]) -> None:
 def main() -> None:
     part, *numbers = sys.argv[1:] or ["table"]
     if part != "table":
-        PARTS[part].main([int(number) for number in numbers])
+        for seed in [int(number) for number in numbers] or PARTS[part].MY_SEEDS:
+            run_seed(PARTS[part], part, seed)
     claims, tables = [], {}
     for name, module in PARTS.items():
         mine = module.build_claims()
