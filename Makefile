@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit install clean
+.PHONY: demo test lint types unit bench install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/polm run recipes/demo.yaml
@@ -19,6 +19,10 @@ types: $(VENV)/.installed-test
 
 unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
+
+# The peers are a part of the test environment. Flags: make bench ARGS="--work sft --models 10m --repeats 3"
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m bench $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -66,7 +66,7 @@ def load_settings(
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in a YAML file, and the line of each key by its path."""
+    """The mapping in a YAML file, and the line of each key (of a list: of each place in it) by its path."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -98,6 +98,10 @@ def _collect_lines(
                 raise RecipeError(f"{file}:{line}: {'.'.join(here)!r} is given twice (first in line {lines[here]})")
             lines[here] = line
             _collect_lines(value, here, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, str(index))] = value.start_mark.line + 1
+            _collect_lines(value, (*path, str(index)), lines, file)
 
 
 def list_shipped() -> list[str]:
@@ -216,13 +220,16 @@ def _nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def semantic_values(settings: Settings) -> dict[str, Any]:
-    """The settings that change an artifact's content: the input of its key. Cadences and the like stay out."""
+    """The settings that change an artifact's content: the input of its key. Cadences and the like stay out, and so does
+    a later-born section while it is not given: it changes nothing, and what was made before keeps its key."""
     out: dict[str, Any] = {}
     for name, field in type(settings).model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("semantic") is False:
             continue
         value = getattr(settings, name)
+        if isinstance(extra, dict) and extra.get("semantic") == "if given" and value is None:
+            continue
         out[name] = semantic_values(value) if isinstance(value, Settings) else _plain(value)
     return out
 

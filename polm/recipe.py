@@ -6,109 +6,27 @@ no result, so it is no part of an artifact's key.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from polm.config import Settings, fill_defaults, require_readers
+from polm.recipe_adapter import AdapterSettings
+from polm.recipe_data import DataSettings, DemoData
 from polm.recipe_rewards import RewardSettings
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
-NOT_SEMANTIC: dict[str, Any] = {"semantic": False}
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-class DemoData(Settings):
-    """The embedded default: ten generated tasks, generated prose, corrupted solutions."""
-
-    source: Literal["demo"] = "demo"
-    seed: Seed = 0
-    num_pretrain_docs: Count = 30_000
-    num_midtrain_docs: Count = 8_000
-    num_sft: Count = 1_400
-    num_prompts: Count = 2_000
-    num_items: Count = 200
-    prose_share: Share = 0.25
-    direct_share: Share = 0.3
-    corrupted_share: Share = 0.12
-    chat_share: Share = 0.1
-    midtrain_prose_share: Share = 0.5
-    midtrain_corrupted_share: Share = 0.3
-
-
-class WordProblemsData(Settings):
-    """GSM8K, MAWPS, ASDiv and SVAMP from a folder of the published files; the split is by a hash of the question."""
-
-    source: Literal["word_problems"]
-    path: Path = Field(description="folder that holds gsm8k/ and word_problems/")
-    seed: Seed = 0
-    holdout_share: Share = 0.2
-
-
-class FolderData(Settings):
-    """A data set folder as it is: (pretrain|midtrain|sft|preferences|feedback|stepwise|prompts).jsonl, benchmarks/*."""
-
-    source: Literal["folder"]
-    path: Path
-
-
-class FileSource(Settings):
-    """A file of your own in any format that polm knows (`polm data inspect FILE` shows which; docs/data.md)."""
-
-    path: str = Field(description="a file, a folder of files, or hub:OWNER/NAME[:CONFIG][:SPLIT]")
-    format: str | None = Field(None, description="default: told from the first rows")
-    columns: dict[str, str] = Field(default_factory=dict, description="ours: theirs")
-
-
-class MixedSource(FileSource):
-    weight: Positive | None = Field(None, description="share in a mixture; none for all = each record once")
-
-
-class FilesData(Settings):
-    """Files of your own, converted, cleaned and mixed into a data set folder."""
-
-    source: Literal["files"]
-    pretrain: tuple[MixedSource, ...] = ()
-    midtrain: tuple[MixedSource, ...] = ()
-    sft: tuple[MixedSource, ...] = ()
-    preferences: tuple[MixedSource, ...] = ()
-    feedback: tuple[MixedSource, ...] = ()
-    stepwise: tuple[MixedSource, ...] = ()
-    prompts: tuple[MixedSource, ...] = ()
-    benchmarks: Path | None = Field(None, description="folder of NAME.jsonl, copied; no record may hold its questions")
-    decontaminate: dict[str, FileSource] = Field(
-        default_factory=dict,
-        description="name: file of further questions; format: published = a benchmark's own layout",
-    )
-    ngram: Annotated[int, Field(ge=2)] = Field(13, description="words in a row that make a record contaminated")
-    deduplicate: bool = Field(True, description="drop records of the same text as an earlier one of the role")
-    media: Literal["error", "drop"] = Field("error", description="records that refer to images, video or sound")
-    seed: Seed = Field(0, description="of the order of a mixture")
-    stop: Literal["first", "all"] = Field(
-        "first", description="end of a mixture: at the first exhausted source, or when all are (others repeat)"
-    )
-
-
-DataSettings = Annotated[DemoData | WordProblemsData | FolderData | FilesData, Field(discriminator="source")]
-
-
-class DataStage(Settings):
-    """Settings of the `data` stage when it is run on its own."""
-
-    data: DataSettings = DemoData()
-    needs: tuple[str, ...] = Field(
-        (), description="files or folders that must be in the result; a flywheel fills it in"
-    )
+from polm.recipe_types import (
+    NOT_SEMANTIC,
+    BelowOne,
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Seed,
+    Several,
+    Share,
+    Smoothing,
+    UpToOne,
+)
 
 
 class TokenizerSettings(Settings):
@@ -174,8 +92,18 @@ class TrainSettings(Settings):
     bin_tokens: Count = Field(1024, description="length of a packed bin")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute each layer's activations again in the backward pass: less memory, a quarter more time",
+        json_schema_extra=NOT_SEMANTIC,
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    adapter: AdapterSettings | None = Field(
+        None,
+        description="train this on the frozen base, in place of its weights",
+        json_schema_extra={"semantic": "if given"},
+    )
     checkpoint_every: Number = Field(
         0, description="updates between checkpoints; 0 = off", json_schema_extra=NOT_SEMANTIC
     )
@@ -220,7 +148,7 @@ class MidtrainSettings(PackedSettings):
         "live", description="remit, shuffled, rho1: whose log-probabilities to compare"
     )
     denominator: Literal["tokens", "weights"] = Field("tokens", description="remit, plausible, shuffled")
-    keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.6, description="rho1: share of the tokens kept")
+    keep: UpToOne = Field(0.6, description="rho1: share of the tokens kept")
     scope: Literal["batch", "sequence"] = Field("batch", description="rho1: where tokens are ranked")
     alpha: Share = Field(0.5, description="distill: share of the divergence in the loss")
     top_k: Count = Field(16, description="distill: tokens of the reference's distribution that are kept")
@@ -353,7 +281,7 @@ class SamplingSettings(TrainSettings, RewardSettings):
     prompts_per_rollout: Count = 32
     samples: Count = Field(8, description="answers to each prompt of a rollout")
     temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: UpToOne = 1.0
     top_k: Number = 0
     max_new_tokens: Count = 64
 
@@ -375,7 +303,7 @@ class RolloutSettings(SamplingSettings):
 class GRPOSettings(RolloutSettings):
     """`updates` counts optimizer updates; a rollout serves `updates_per_rollout` of them, one minibatch each."""
 
-    samples: Annotated[int, Field(ge=2)] = 8
+    samples: Several = 8
     updates_per_rollout: Count = 1
     clip_low: Share = 0.2
     clip_high: Positive = 0.2
@@ -396,7 +324,7 @@ class AnswerSettings(RewardSettings):
     num_prompts: Number = Field(500, description="0 = all")
     samples: Count = Field(4, description="answers to each prompt")
     temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: UpToOne = 1.0
     top_k: Number = 0
     max_new_tokens: Count = 64
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -413,13 +341,13 @@ PAIR_KNOBS: dict[str, dict[str, Any]] = {
 class PairsSettings(AnswerSettings):
     """Preference pairs from a model's own samples: a better answer over a worse one to the same prompt."""
 
-    samples: Annotated[int, Field(ge=2)] = 4
+    samples: Several = 4
     choose: Literal["best_worst", "rso"] = Field(
         "best_worst", description="rso: statistical rejection sampling, then pairs at random; wants many samples (64)"
     )
     pairs_per_prompt: Count | None = Field(None, description="best_worst: at most so many pairs a prompt")
     rso_beta: Positive | None = Field(None, description="rso: temperature of the reward in the acceptance")
-    rso_accepted: Annotated[int, Field(ge=2)] | None = Field(None, description="rso: answers accepted of a prompt's")
+    rso_accepted: Several | None = Field(None, description="rso: answers accepted of a prompt's")
     rso_rounds: Literal["first", "all"] | None = Field(
         None, description="rso: pairs of the first round only, or of the whole tournament"
     )
@@ -466,7 +394,7 @@ class MicroscopeSettings(Settings):
     eps: Share = 0.2
     temperature: Positive = 1.0
     centring: Literal["sequence", "batch", "none"] = "sequence"
-    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    keep: UpToOne = 0.6
     scope: Literal["batch", "sequence"] = "batch"
     gamma: NotNegative = 1.0
     floor: BelowOne = 0.0
@@ -477,13 +405,17 @@ class MicroscopeSettings(Settings):
     threads: Number = 1
 
 
+class MergeAdapterSettings(Settings):
+    threads: Number = 1
+
+
 class EvalSettings(Settings):
     benchmarks: tuple[str, ...] = Field((), description="names; empty = all in the data set folder")
     format: Literal["plain", "chat"] = "chat"
     num_items: Number = Field(0, description="at most so many items a benchmark; 0 = all")
     samples: Number = Field(4, description="sampled answers an item; 0 = greedy only")
     temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: UpToOne = 1.0
     pass_k: tuple[Count, ...] = (4,)
     not_first: tuple[str, ...] = Field(
         (),

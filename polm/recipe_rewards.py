@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from polm.config import Settings
+from polm.recipe_judge import JudgeSettings
+from polm.recipe_types import Positive, Share
 
-RewardName = Literal["verifier", "function", "model"]
+RewardName = Literal["verifier", "function", "model", "judge"]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -21,7 +23,8 @@ class RewardSettings(Settings):
 
     reward: Annotated[tuple[RewardName, ...], BeforeValidator(_as_tuple)] = Field(
         ("verifier",),
-        description="verifier (each prompt's own), function (of yours), model (a reward model); one or several",
+        description="verifier (each prompt's own), function (of yours), model (a reward model), judge (the grades of a "
+        "language model: direct RLAIF); one or several",
     )
     reward_weights: dict[RewardName, float] = Field(
         default_factory=dict, description="weight of each source; 1 where none is given"
@@ -31,15 +34,21 @@ class RewardSettings(Settings):
         pattern=r"^.+\.py:[A-Za-z_]\w*$",
         description="FILE.py:NAME, called as NAME(prompts, completions, **columns)",
     )
-    partial_reward: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.0, description="verifier: reward of a wrong answer that is a number; ReFT has 0.1"
-    )
-    time_limit: Annotated[float, Field(gt=0.0)] = Field(
-        3.0, description="seconds that the reward of one answer may take"
-    )
-    batch_limit: Annotated[float, Field(gt=0.0)] = Field(
+    partial_reward: Share = Field(0.0, description="verifier: reward of a wrong answer that is a number; ReFT has 0.1")
+    time_limit: Positive = Field(3.0, description="seconds that the reward of one answer may take")
+    batch_limit: Positive = Field(
         60.0, description="function: seconds for all answers of a rollout; after that they are judged one by one"
     )
+    judging: JudgeSettings | None = Field(None, description="judge: how the model is asked that grades the answers")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_judging(cls, values: Any) -> Any:
+        """The judge's defaults, so that a resolved recipe says how it was asked."""
+        named = _as_tuple(values.get("reward")) if isinstance(values, dict) else None
+        if not isinstance(named, list | tuple) or "judge" not in named:
+            return values
+        return {**values, "judging": {} if values.get("judging") is None else values["judging"]}
 
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
@@ -50,6 +59,8 @@ class RewardSettings(Settings):
             raise ValueError(f"reward_weights names {unknown}, which reward {list(self.reward)} does not have")
         if ("function" in self.reward) != (self.reward_function is not None):
             raise ValueError("reward: function and reward_function=FILE.py:NAME go together: give both, or neither")
+        if self.judging is not None and "judge" not in self.reward:
+            raise ValueError("judging belongs to reward: judge; leave it out")
         if self.partial_reward and "verifier" not in self.reward:
             raise ValueError("partial_reward belongs to reward: verifier; leave it out")
         return self

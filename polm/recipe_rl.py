@@ -6,11 +6,12 @@ They are no sections of a flywheel's recipe; a stage's own file, or the command 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from polm.recipe import Count, NotNegative, OptimizerSettings, Positive, RolloutSettings, Share
+from polm.recipe import OptimizerSettings, RolloutSettings
+from polm.recipe_types import Count, NotNegative, Positive, Several, Share
 
 
 class ReinforceSettings(RolloutSettings):
@@ -30,7 +31,7 @@ class ReinforceSettings(RolloutSettings):
 class RLOOSettings(ReinforceSettings):
     """The baseline of an answer is the mean reward of the other answers to its prompt; an answer is one action."""
 
-    samples: Annotated[int, Field(ge=2)] = 4
+    samples: Several = 4
     whiten_advantages: bool = Field(False, description="divide by the spread over the rollout, less the mean")
 
 

@@ -10,9 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,6 @@ from polm.flywheel.store import Work, execute, external_key
 from polm.models.loading import build_model, load_tokenizer, save_model
 from polm.recipe import (
     AnnotateSettings,
-    DataStage,
-    DemoData,
     DPOSettings,
     EvalSettings,
     GRPOSettings,
@@ -42,6 +44,7 @@ from polm.recipe import (
     SFTSettings,
     TokenizerSettings,
 )
+from polm.recipe_data import DataStage, DemoData
 from polm.recipe_online import OnlineSettings, RejectionSettings
 from polm.recipe_rl import PPOSettings, ReinforcePPSettings, ReMaxSettings, RLOOSettings
 from polm.rewards import sources
@@ -81,7 +84,7 @@ ARTIFACTS: dict[str, Spec] = {
     ),
     "rejection": (
         "rejection",
-        RejectionSettings(samples=4, max_new_tokens=8, temperature=1.5, precision="fp32"),
+        RejectionSettings(samples=4, max_new_tokens=24, temperature=1.5, precision="fp32"),
         {"base": "sft", "data": "data"},
     ),
     "online": (
@@ -233,6 +236,75 @@ def hash_files() -> Callable[[Path], dict[str, str]]:
         return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
     return compute
+
+
+@dataclass
+class ChatServer:
+    """An OpenAI-compatible server on this machine. `reply(body, number)` says what comes back to request `number` (of
+    all, from 0): a text, a dictionary as it is, or (status, headers, raw bytes)."""
+
+    reply: Callable[[dict[str, Any], int], Any]
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, body: dict[str, Any], headers: dict[str, str], path: str) -> tuple[int, dict[str, str], bytes]:
+        with self.lock:
+            number = len(self.bodies)
+            self.bodies.append(body)
+            self.headers.append(headers)
+            self.paths.append(path)
+        found = self.reply(body, number)
+        if isinstance(found, tuple):
+            return found
+        if isinstance(found, str):
+            found = {"choices": [{"message": {"role": "assistant", "content": found}, "finish_reason": "stop"}]}
+        return 200, {}, json.dumps(found).encode()
+
+
+@pytest.fixture
+def chat_server() -> Iterator[Callable[..., ChatServer]]:
+    """chat_server(reply) starts a server, which ends with the test."""
+    running: list[http.server.ThreadingHTTPServer] = []
+
+    def start(reply: Callable[[dict[str, Any], int], Any]) -> ChatServer:
+        state = ChatServer(reply)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                status, headers, body = state.answer(json.loads(raw), dict(self.headers), self.path)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the client has gone
+                    self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        running.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        return state
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """Every character is a token or a few: a judge's letters and digits are known to it."""
+    folder = tmp_path_factory.mktemp("bytes")
+    train_tokenizer(["a b"], kind="byte", vocab_size=300).save_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")

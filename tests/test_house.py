@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +16,27 @@ import pytest
 from rich.console import Console
 
 import polm
-from polm import recipe, recipe_online, recipe_rewards, recipe_rl
+from polm import (
+    recipe,
+    recipe_adapter,
+    recipe_data,
+    recipe_judge,
+    recipe_online,
+    recipe_rewards,
+    recipe_rl,
+    recipe_rounds,
+)
 from polm.apps.cli import STAGE_HELP
 from polm.apps.show import print_plan
 from polm.config import Settings, validate
 from polm.data.readers import write_jsonl
 from polm.demo.corpus import build_demo_dataset
 from polm.flywheel.graph import build_graph
+from polm.flywheel.kinds import build_any_graph
 from polm.flywheel.runner import build_plan
 from polm.models.loading import build_model
+from polm.recipe_judge import EndpointSettings
+from polm.rewards import judge
 from polm.stages.table import STAGES
 
 PACKAGE = Path(polm.__file__).parent
@@ -34,7 +47,8 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_online", "recipe_rewards", "recipe_rl"},
+    {"tokens", "errors", "config", "recipe", "recipe_adapter", "recipe_data", "recipe_judge", "recipe_online"}
+    | {"recipe_rewards", "recipe_rl", "recipe_rounds", "recipe_types"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},
     {"engine"},
@@ -58,9 +72,10 @@ HANDED_ON = {
 # Stages that learn from rollouts, beside grpo, and the classes that their settings share.
 RL = ("rloo", "reinforce_pp", "remax", "ppo")
 ROLLOUT_SETTINGS = ("Sampling", "Online", "GRPO", "Rollout", "Reinforce", "RLOO", "ReinforcePP", "ReMax", "PPO")
+SHORT_PROMPTS = {"pair_prompt": "{question} {answer_a} {answer_b}", "score_prompt": "{question} {answer}"}
 TAGS = {"source"}  # by which pydantic picks the class of a union
 # Modules that copy or hash settings without acting on them.
-RECIPES = (recipe, recipe_online, recipe_rewards, recipe_rl)
+RECIPES = (recipe, recipe_adapter, recipe_data, recipe_judge, recipe_online, recipe_rewards, recipe_rl, recipe_rounds)
 BOOKKEEPERS = {"config.py", *(f"{module.__name__.rpartition('.')[2]}.py" for module in RECIPES)}
 # Read outside of the stages that the test of running stages runs: where.
 READ_ELSEWHERE = {
@@ -77,10 +92,14 @@ READ_ELSEWHERE = {
         for kind in ("Reward", "Answer", "Pairs", "Rejection", *ROLLOUT_SETTINGS)
     },
     "Recipe.workers": "the command line",
+    "SelfRewardingRecipe.workers": "the command line",
+    "SelfRewardingRecipe.kind": "told before the recipe is read (flywheel/kinds.py)",
+    **{f"EndpointSettings.{name}": "a judge on a server" for name in EndpointSettings.model_fields},
+    "JudgeSettings.grade_range": "a judge's grade as a reward",
 }
 # Stages run once more, in the other ways that they have: their knobs are read there only.
 SHORT: dict[str, dict[str, Any]] = {
-    "rejection": {"max_new_tokens": 8, "temperature": 1.5, "precision": "fp32"},
+    "rejection": {"max_new_tokens": 24, "temperature": 1.5, "precision": "fp32"},
     "pairs": {"num_prompts": 8, "max_new_tokens": 4, "temperature": 1.5, "precision": "fp32"},
     "online": {"updates": 1, "prompts_per_rollout": 2, "max_new_tokens": 4, "precision": "fp32", "bin_tokens": 192},
 }
@@ -210,9 +229,14 @@ def test_every_setting_is_read_when_stages_run(
         workshop.inputs("pretrain"),
         tmp_path / "more",
     )
+    for kind in ("ia3", "prefix", "prompt", "lora"):
+        tuned = artifact.spec("sft")[1].model_copy(update={"adapter": recipe.AdapterSettings(kind=kind)})
+        workshop.run("sft", tuned, workshop.inputs("sft"), tmp_path / kind)
+    merge = recipe.MergeAdapterSettings()
+    workshop.run("merge_adapter", merge, {"model": str(tmp_path / "lora")}, tmp_path / "merged")
     workshop.run(
         "data",
-        recipe.DataStage(data=recipe.FolderData(source="folder", path=tmp_path / "data")),
+        recipe_data.DataStage(data=recipe_data.FolderData(source="folder", path=tmp_path / "data")),
         {},
         tmp_path / "folder",
     )
@@ -220,14 +244,34 @@ def test_every_setting_is_read_when_stages_run(
     steps = recipe.ProcessRewardModelSettings(updates=2, bin_tokens=192, separator=";")
     inputs = {"base": str(workshop("sft")), "data": str(tmp_path / "stepwise.jsonl")}
     workshop.run("process_reward_model", steps, inputs, tmp_path / "prm")
-    texts = recipe.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
-    files = recipe.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
-    workshop.run("data", recipe.DataStage(data=files), {}, tmp_path / "files")
+    texts = recipe_data.MixedSource(path=str(tmp_path / "data" / "midtrain.jsonl"))
+    files = recipe_data.FilesData(source="files", midtrain=(texts,), benchmarks=tmp_path / "data" / "benchmarks")
+    workshop.run("data", recipe_data.DataStage(data=files), {}, tmp_path / "files")
+    run_judges(workshop, tmp_path)
+    rounds = recipe_rounds.SelfRewardingRecipe(kind="self_rewarding", name="x", base="x", data=recipe_data.DemoData())
+    print_plan(Console(quiet=True), build_plan(rounds, build_any_graph(rounds), tmp_path / "rounds"), 1)
     whole = recipe.Recipe(name="x")
     plan = build_plan(whole, build_graph(whole), tmp_path / "run")
     print_plan(Console(quiet=True), plan, 1)
     unread = {name for name in all_fields() if name not in read}
     assert unread == set(READ_ELSEWHERE)
+
+
+def run_judges(workshop: Any, folder: Path) -> None:
+    """A local judge; what the tiny model writes holds no verdict, so a counter stands in for one."""
+    models = {"judge": str(folder / "sft"), "base": str(folder / "sft"), "data": str(folder / "data")}
+    judging = recipe_judge.JudgeSettings(verdict="text", max_new_tokens=8, **SHORT_PROMPTS)
+    more = {"num_prompts": 12, "max_new_tokens": 8, "max_failed": 1, "precision": "fp32"}
+    with pytest.MonkeyPatch.context() as patch:
+        turns = itertools.count()
+        patch.setattr(judge, "read_preference", lambda _: float(next(turns) % 2))
+        patch.setattr(judge, "read_grade", lambda _, scale: scale[0] + next(turns) % scale[1])
+        for by in ("pairs", "scores"):
+            settings = recipe_judge.JudgeStage(judging=judging, mode="sample", by=by, **more)
+            workshop.run("judge", settings, models, folder / f"judge-{by}")
+    revise = recipe_judge.ConstitutionStage(num_prompts=4, max_new_tokens=60, max_critique_tokens=4, precision="fp32")
+    models = {role: models[role] for role in ("base", "data")}
+    workshop.run("constitution", revise.model_copy(update={"critic_temperature": 1.0}), models, folder / "revised")
 
 
 def test_sections_that_are_handed_on_whole() -> None:

@@ -51,11 +51,14 @@ def main() -> None:
 def print_tables(loaded: Any, *, whole: bool = False) -> None:
     """The report's tables in the terminal: one screen, or with `whole` every benchmark at every point."""
     from polm.report.compare import compute_rows
+    from polm.report.sections_judges import build_judges_table
     from polm.report.tables import build_summary_table, build_tables
 
     rows = compute_rows(loaded)
     if rows.points:
         console.print(build_summary_table(rows))
+    if (judges := build_judges_table(loaded)) is not None:
+        console.print(judges)
     for table in build_tables(loaded) if whole else ():
         console.print(table)
 
@@ -67,17 +70,16 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print recipe, graph and arithmetic; do nothing")] = False,
     runs: RunsDir = RUNS,
 ) -> None:
-    """Run a recipe's whole flywheel; run it again to go on where it stopped."""
+    """Run a whole recipe (a flywheel, or self-rewarding iterations); run it again to go on where it stopped."""
     from polm.apps.live import RunBar
     from polm.apps.show import print_plan
-    from polm.flywheel.graph import build_graph
+    from polm.flywheel.kinds import build_any_graph, load_recipe
     from polm.flywheel.runner import build_plan, run_graph
-    from polm.recipe import Recipe
     from polm.report.html import write_report
     from polm.report.load import load_run
 
-    settings = load_settings(Recipe, find_recipe(recipe), overrides or ())
-    plan = build_plan(settings, build_graph(settings), runs / settings.name)
+    settings = load_recipe(find_recipe(recipe), overrides or ())
+    plan = build_plan(settings, build_any_graph(settings), runs / settings.name)
     workers = settings.workers or os.cpu_count() or 1
     if dry_run:
         console.print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), markup=False)
@@ -218,6 +220,11 @@ def runs_show(name: str, runs: RunsDir = RUNS) -> None:
     print_tables(loaded)
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether something in a store is an artifact; the replies of judges, which may have cost money, are none."""
+    return path.is_dir() and not path.name.startswith(".")
+
+
 @runs_app.command("rm")
 def runs_rm(
     name: str,
@@ -235,7 +242,7 @@ def runs_rm(
         doomed = [folder]
         if stale:
             kept = {node["artifact"] for node in json.loads((folder / "run.json").read_text())["nodes"]}
-            doomed = [p for p in (folder / "store").glob("*") if f"store/{p.name}" not in kept and p.is_dir()]
+            doomed = [p for p in (folder / "store").glob("*") if f"store/{p.name}" not in kept and is_artifact(p)]
         for path in doomed:
             console.print(f"remove {path}", markup=False)
         if doomed and (yes or typer.confirm("sure?")):
@@ -326,6 +333,8 @@ STAGE_HELP = {
     "sft": "supervised fine-tuning",
     "rejection": "a model's own best answers as SFT data (rejection sampling, RAFT)",
     "pairs": "preference pairs from a model's own samples",
+    "judge": "an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
+    "constitution": "answers criticised and revised by written principles (Constitutional AI)",
     "dpo": "preference optimisation (DPO, IPO, KTO, ORPO, SimPO and others)",
     "online": "online preference optimisation (online DPO, XPO, Nash-MD)",
     "reward_model": "a reward model from preference pairs",
@@ -335,6 +344,7 @@ STAGE_HELP = {
     "reinforce_pp": "reinforcement learning by REINFORCE++",
     "remax": "reinforcement learning with the greedy answer as the baseline",
     "ppo": "reinforcement learning by PPO, with a critic",
+    "merge_adapter": "an adapter and its base as one ordinary checkpoint",
     "eval": "benchmarks and likelihood",
 }
 for _name, _help in STAGE_HELP.items():

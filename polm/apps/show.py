@@ -68,6 +68,8 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         "last/rl/reward": "reward {:.3f}",
         "last/dpo/accuracy": "accuracy {:.1%}",
         "pairs": "{} pairs",
+        "agreement": "agreement {:.1%}",
+        "conversations": "{} conversations",
         "vocabulary": "{} tokens",
         "mean_logprob": "mean log p {:.3f}",
         "mean_weight": "mean weight {:.3f}",

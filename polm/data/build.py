@@ -34,7 +34,7 @@ from polm.data.records import (
     list_texts,
 )
 from polm.errors import DataError
-from polm.recipe import FilesData, FileSource, MixedSource
+from polm.recipe_data import FilesData, FileSource, MixedSource
 
 # Role -> (file of a data set folder, what its records are).
 ROLES: dict[str, tuple[str, type[Record]]] = {

@@ -203,7 +203,7 @@ def build_preference(place: str, row: Row) -> Preference:
     """
     refuse_unsupported(place, row)
     require_columns(place, row, ["chosen", "rejected"], PREFERENCE_FORMATS)
-    begin = _build_prompt_messages(place, row)
+    begin = build_prompt_messages(place, row)
     sides = [_build_side(place, row[column], column, begin is None) for column in ("chosen", "rejected")]
     if begin is None:
         num_common = _count_common_messages(*sides)
@@ -282,8 +282,8 @@ def _add_system(row: Row, messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _build_prompt_messages(place: str, row: Row) -> list[Message] | None:
-    """The explicit prompt of a pair; None where there is none."""
+def build_prompt_messages(place: str, row: Row) -> list[Message] | None:
+    """The explicit prompt of a row; None where there is none."""
     if "prompt" not in row and "instruction" in row:
         return _add_system(row, _build_alpaca_prompt(place, row))
     column = next((name for name in ("conversations", "messages", "prompt") if name in row), None)

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from polm.data.normalise import (
     build_feedback,
     build_preference,
     build_prompt,
+    build_prompt_messages,
     build_stepwise,
     require_columns,
 )
@@ -117,6 +118,37 @@ def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
         columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
         prompts.append(replace(found, columns=columns) if columns else found)
     return prompts
+
+
+def read_prompt_messages(path: Path) -> list[list[Message]]:
+    """Reads prompts that nobody needs to verify: {"prompt": a string or messages}; other columns are not read.
+
+    Raises:
+        DataError: no prompt, or one in which the user does not speak last.
+    """
+    prompts = []
+    for line, row in read_rows(path):
+        messages = build_prompt_messages(f"{path}:{line}", row)
+        if messages is None:
+            require_columns(f"{path}:{line}", row, ["prompt"], '{"prompt": "..."} or {"prompt": [messages]}')
+            raise AssertionError("a column prompt is a prompt")
+        if messages[-1]["role"] != "user":
+            raise DataError(
+                f"{path}:{line}: a prompt must end with the user's message, found {messages[-1]['role']}; take the "
+                "last message out"
+            )
+        prompts.append(messages)
+    return prompts
+
+
+def has_answers(path: Path) -> bool:
+    """Whether the first row of a prompts file has an answer or a verifier; if not, a model or a function judges."""
+    return any("answer" in row or "verifier" in row for _, row in islice(read_rows(path), 1))
+
+
+def read_any_prompts(path: Path) -> Sequence[Prompt | list[Message]]:
+    """`read_prompts` of a file with answers, `read_prompt_messages` of one without."""
+    return read_prompts(path) if has_answers(path) else read_prompt_messages(path)
 
 
 def _build_conversation(place: str, row: Row) -> Conversation:

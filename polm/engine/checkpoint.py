@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polm.engine.optimizer import load_optimizer_tensors, optimizer_tensors
@@ -32,14 +32,21 @@ class Progress:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
+def _iterate_kept(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds of a model: what is trained, and the module's own buffers. Frozen weights come from the
+    base again."""
+    yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    yield from model.named_buffers(recurse=False)
+
+
 def save_checkpoint(workdir: Path, model: nn.Module, optimizers: Sequence[Optimizer], progress: Progress) -> None:
-    """Write weights, optimizer state and progress; a kill at any moment leaves this checkpoint or the last one."""
+    """Write weights, optimizer state and progress; a kill at any moment leaves this checkpoint or the one before."""
     final = workdir / f"{PREFIX}{progress.update:08d}"
     temporary = workdir / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _iterate_kept(model)}
         save_file(weights, temporary / "weights.safetensors")
         save_file(optimizer_tensors(optimizers), temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
@@ -74,8 +81,8 @@ def restore_checkpoint(workdir: Path, model: nn.Module, optimizers: Sequence[Opt
         state = load_file(folder / "optimizer.safetensors")
         progress = Progress(**json.loads((folder / "progress.json").read_text()))
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
+            for name, tensor in _iterate_kept(model):
+                tensor.copy_(weights[name])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"the checkpoint {folder} is damaged ({error}); remove that folder and run again") from error
     load_optimizer_tensors(optimizers, state)

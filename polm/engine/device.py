@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 from polm.errors import UserError
 
 SMALL_MODEL = 20_000_000  # parameters
+# Of glibc's malloc.h: the two parameters of mallopt that are set.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pick_device() -> str:
@@ -61,3 +65,18 @@ def set_threads(threads: int) -> int:
     chosen = threads or os.cpu_count() or 1
     torch.set_num_threads(chosen)
     return chosen
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory of freed tensors for the next ones; False where there is no glibc.
+
+    Large blocks otherwise come fresh from the kernel, which clears each page again in every update. The process's
+    size stays at its peak until it ends.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False  # another libc
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

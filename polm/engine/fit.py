@@ -25,7 +25,7 @@ from polm.engine.device import use_bf16
 from polm.engine.optimizer import build_optimizers, set_rate
 from polm.engine.schedule import compute_rate_factor
 from polm.engine.score import score
-from polm.errors import NonFiniteError
+from polm.errors import ModelError, NonFiniteError
 from polm.models.actor_critic import Trained
 from polm.recipe import OptimizerSettings, TrainSettings
 from polm.tokens import Metric, Objective, Step, TokenBatch
@@ -93,6 +93,8 @@ def fit(
     progress = restore_checkpoint(workdir, model, optimizers)
     log = MetricsLog(workdir / "metrics.jsonl", progress.update)
     model.train()
+    for part in parts:
+        set_activation_checkpointing(part.module, settings.activation_checkpointing)
     line: dict[str, Any] = {}
     began = time.perf_counter() - progress.seconds
     for update in range(progress.update, source.num_updates):
@@ -124,6 +126,20 @@ def fit(
         if due and not last and source.resumable(progress.update):
             save_checkpoint(workdir, model, optimizers, progress)
     return FitResult(source.num_updates, progress.tokens, progress.targets, progress.seconds, progress.counts, line)
+
+
+def set_activation_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Keep only the inputs of each layer for the backward pass, or all that it needs. Raises ModelError where the
+    architecture cannot."""
+    if not enabled:
+        if model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        return
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"activation_checkpointing: {model.config.model_type} does not support it in transformers; set it to false"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def split_counts(measured: Mapping[str, Any], before: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, the steepest at zero that stays near one
 STEPS = 5
 EPSILON = 1e-7
+# From this ratio of the sides on, in float32, the iteration runs on the small side only.
+WIDE = 2
 
 
 def compute_orthogonal(matrices_BRC: Tensor, *, bf16: bool) -> Tensor:
     """Each matrix with its singular values pushed towards one (about 0.7 to 1.2), [B, R, C].
 
-    X <- a X + (b A + c A A) X with A = X X^T, five times, from X divided by its Frobenius norm.
+    X <- (a + b A + c A A) X with A = X X^T, five times, from X divided by its Frobenius norm.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrices_BRC.shape[1] > matrices_BRC.shape[2]
@@ -31,11 +33,30 @@ def compute_orthogonal(matrices_BRC: Tensor, *, bf16: bool) -> Tensor:
     if is_tall:
         x_BRC = x_BRC.transpose(1, 2)
     x_BRC = x_BRC / x_BRC.norm(dim=(1, 2), keepdim=True).clamp(min=EPSILON)
+    if not bf16 and x_BRC.shape[2] >= WIDE * x_BRC.shape[1]:
+        x_BRC = _iterate_gram(x_BRC)
+        return x_BRC.transpose(1, 2) if is_tall else x_BRC
     for _ in range(STEPS):
         gram_BRR = torch.bmm(x_BRC, x_BRC.transpose(1, 2))
         update_BRR = torch.baddbmm(gram_BRR, gram_BRR, gram_BRR, beta=b, alpha=c)
         x_BRC = torch.baddbmm(x_BRC, update_BRR, x_BRC, beta=a)
     return x_BRC.transpose(1, 2) if is_tall else x_BRC
+
+
+def _iterate_gram(x_BRC: Tensor) -> Tensor:
+    """The same iteration on the small side: each factor Q = a + b A + c A A is a polynomial of the first A, so all of
+    them commute, the next A is Q A Q, and X is multiplied once, by their product."""
+    a, b, c = COEFFICIENTS
+    gram_BRR = torch.bmm(x_BRC, x_BRC.transpose(1, 2))
+    product_BRR = None
+    for step in range(STEPS):
+        factor_BRR = torch.baddbmm(gram_BRR, gram_BRR, gram_BRR, beta=b, alpha=c)
+        factor_BRR.diagonal(dim1=1, dim2=2).add_(a)
+        product_BRR = factor_BRR if product_BRR is None else torch.bmm(factor_BRR, product_BRR)
+        if step < STEPS - 1:
+            gram_BRR = torch.bmm(factor_BRR, torch.bmm(gram_BRR, factor_BRR))
+    assert product_BRR is not None
+    return torch.bmm(product_BRR, x_BRC)
 
 
 class Muon(torch.optim.Optimizer):

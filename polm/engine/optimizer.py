@@ -40,12 +40,13 @@ def build_optimizers(model: PreTrainedModel, settings: OptimizerSettings, *, bf1
             torch.optim.AdamW(
                 # Norms and other vectors are not decayed.
                 [
-                    {"params": [p for p in others if p.ndim >= 2], "weight_decay": settings.weight_decay},
-                    {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+                    {"params": [p for p in others if not is_vector(p)], "weight_decay": settings.weight_decay},
+                    {"params": [p for p in others if is_vector(p)], "weight_decay": 0.0},
                 ],
                 lr=rate,
                 betas=(settings.beta1, settings.beta2),
                 eps=settings.epsilon,
+                fused=True,  # one pass over each tensor
             )
         )
     for optimizer in optimizers:
@@ -63,11 +64,18 @@ def split_parameters(
         raise ModelError("the model has no trainable parameter")
     if settings.kind == "adamw":
         return [], trainable
-    layers = (model.get_input_embeddings(), model.get_output_embeddings(), find_scalar_head(model))
-    tables = {id(layer.weight) for layer in layers if layer is not None}
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in tables]
+    # Tables: the model's own embeddings and those of virtual tokens, and the layer that gives logits or values.
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    heads = (model.get_output_embeddings(), find_scalar_head(model))
+    tables |= {id(head.weight) for head in heads if head is not None}
+    matrices = [p for p in trainable if p.ndim == 2 and not is_vector(p) and id(p) not in tables]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in trainable if id(p) not in chosen]
+
+
+def is_vector(parameter: nn.Parameter) -> bool:
+    """Whether it is a vector, also one that is written as a matrix of one row or column (as IA3's scales are)."""
+    return parameter.ndim < 2 or min(parameter.shape) == 1
 
 
 def set_rate(optimizers: Sequence[Optimizer], factor: float) -> float:

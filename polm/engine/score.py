@@ -21,7 +21,8 @@ from polm.models.loading import compute_hidden, output_head
 from polm.signals.noise import draw_embedding_noise
 from polm.tokens import Needs, Scores, TokenBatch
 
-MAX_LOGITS = 1 << 24  # logits of one chunk: 64 MB in float32
+MAX_LOGITS = 1 << 23  # logits of one chunk: 32 MB in float32
+KEPT_LOGITS = 1 << 25  # log-probabilities kept for the backward pass; those of chunks beyond it are computed again
 
 
 def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
@@ -70,7 +71,7 @@ def score(
     weight, cap = output_head(model)
     compute_dtype = torch.bfloat16 if bf16 else weight.dtype
     logprobs_NK, entropy_N = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight, ids_NK, temperature, cap, needs.entropy, compute_dtype
+        hidden_ND, weight, ids_NK, temperature, cap, needs.entropy, compute_dtype, torch.is_grad_enabled()
     )
     return Scores(
         logprobs_N=logprobs_NK[:num_targets, 0],
@@ -140,9 +141,10 @@ def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float, cap: float
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """(hidden, output matrix, ids) -> log-probabilities of ids and entropy; the backward pass computes logits again.
+    """(hidden, output matrix, ids) -> log-probabilities of ids and entropy.
 
-    With p the predicted distribution, g_k the gradient of logprob k and h that of the entropy H:
+    The backward pass takes the whole distributions that the forward pass kept, up to KEPT_LOGITS numbers, and computes
+    the others again. With p the predicted distribution, g_k the gradient of logprob k and h that of the entropy H:
     d loss / d logit_v = sum_k g_k (1[v = id_k] - p_v) - h p_v (log p_v + H).
     """
 
@@ -156,17 +158,25 @@ class _ChunkedHead(torch.autograd.Function):
         cap: float | None,
         with_entropy: bool,
         dtype: torch.dtype,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         weight = weight_VD.to(dtype)
         logprobs = torch.empty(ids_NK.shape, dtype=torch.float32, device=hidden_ND.device)
         entropy = torch.zeros(ids_NK.shape[0] if with_entropy else 0, dtype=torch.float32, device=hidden_ND.device)
+        kept: dict[int, Tensor] = {}  # first row of a chunk -> log-probabilities [rows, V]
+        # The slope of the cap needs the logits themselves.
+        room = KEPT_LOGITS if keep and cap is None else 0
         for part in _chunks(len(hidden_ND), weight.shape[0]):
             logp = torch.log_softmax(_chunk_logits(hidden_ND[part].to(dtype), weight, temperature, cap), dim=-1)
             logprobs[part] = logp.gather(1, ids_NK[part])
             if with_entropy:
                 entropy[part] = -(logp.exp() * logp).sum(-1)
+            room -= logp.numel()
+            if room >= 0:
+                kept[part.start] = logp
         ctx.save_for_backward(hidden_ND, weight_VD, ids_NK)
         ctx.settings = temperature, cap, with_entropy, dtype
+        ctx.kept = kept
         return logprobs, entropy
 
     @staticmethod
@@ -176,24 +186,33 @@ class _ChunkedHead(torch.autograd.Function):
         temperature, cap, with_entropy, dtype = ctx.settings
         weight = weight_VD.to(dtype)
         grad_hidden = torch.empty(hidden_ND.shape, dtype=hidden_ND.dtype, device=hidden_ND.device)
-        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        # A frozen output matrix (an adapter is trained, not the base) gets no gradient and no buffer for one.
+        frozen = not ctx.needs_input_grad[1]
+        grad_weight = None if frozen else torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         for part in _chunks(len(hidden_ND), weight.shape[0]):
             hidden = hidden_ND[part].to(dtype)
-            logits = _chunk_logits(hidden, weight, temperature, cap)
-            logp = torch.log_softmax(logits, dim=-1)
-            grad = logp.exp()
+            logits = None
+            logp = ctx.kept.pop(part.start, None)  # it is given up here: a second backward pass computes it again
+            if logp is None:
+                logits = _chunk_logits(hidden, weight, temperature, cap)
+                logp = torch.log_softmax(logits, dim=-1)
             if with_entropy:
+                grad = logp.exp()
                 entropy = -(grad * logp).sum(-1, keepdim=True)
-                pull = grad_logprobs_NK[part].sum(-1, keepdim=True) + grad_entropy_N[part, None] * (logp + entropy)
-                grad = grad.mul_(pull).neg_()
+                pull = logp.add_(entropy).mul_(grad_entropy_N[part, None])
+                grad = grad.mul_(pull.add_(grad_logprobs_NK[part].sum(-1, keepdim=True))).neg_()
             else:
-                grad.mul_(-grad_logprobs_NK[part].sum(-1, keepdim=True))
+                grad = logp.exp_().mul_(-grad_logprobs_NK[part].sum(-1, keepdim=True))
             grad.scatter_add_(1, ids_NK[part], grad_logprobs_NK[part])
             if temperature != 1.0:
                 grad.div_(temperature)
-            if cap is not None:  # the logits were already divided by the temperature
+            if cap is not None and logits is not None:  # the logits were already divided by the temperature
                 grad.mul_(1.0 - (logits * (temperature / cap)) ** 2)
             grad = grad.to(dtype)
             grad_hidden[part] = torch.matmul(grad, weight).to(hidden_ND.dtype)
-            grad_weight += torch.matmul(grad.t(), hidden).float()
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None, None, None
+            if grad_weight is not None and dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), hidden)
+            elif grad_weight is not None:
+                grad_weight += torch.matmul(grad.t(), hidden).float()
+        out = grad_weight.to(weight_VD.dtype) if grad_weight is not None else None
+        return grad_hidden, out, None, None, None, None, None, None

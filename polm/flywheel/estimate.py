@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from polm.flywheel.graph import Graph, Node
+from polm.flywheel.kinds import AnyRecipe
 from polm.recipe import (
     AnnotateSettings,
     DPOSettings,
@@ -17,6 +18,7 @@ from polm.recipe import (
     PairsSettings,
     Recipe,
 )
+from polm.recipe_judge import JudgeStage
 
 BYTES_PER_TRAINED_PARAMETER = 16  # float32 weight, gradient and two moments
 # Measured on the demo with a CPU build: torch and transformers loaded; what a worker keeps of compiled products and
@@ -46,11 +48,13 @@ def count_shape_parameters(shape: ModelShape, vocab_size: int) -> int:
     return shape.num_layers * layer + tables
 
 
-def estimate_node(node: Node, recipe: Recipe) -> Estimate:
+def estimate_node(node: Node, recipe: AnyRecipe) -> Estimate:
     """The arithmetic of one node. `vocab_size` is taken at its limit; a base from outside has an unknown size."""
     settings = node.settings
-    shape = recipe.pretrain.model
-    parameters = count_shape_parameters(shape, recipe.tokenizer.vocab_size) if recipe.base is None else None
+    shape, parameters = ModelShape(), None
+    if isinstance(recipe, Recipe):
+        shape = recipe.pretrain.model
+        parameters = count_shape_parameters(shape, recipe.tokenizer.vocab_size) if recipe.base is None else None
     if isinstance(settings, GRPOSettings):
         rollouts = (settings.updates or 0) / settings.updates_per_rollout
         samples = round(rollouts * settings.prompts_per_rollout * settings.samples) if settings.updates else None
@@ -72,6 +76,8 @@ def estimate_node(node: Node, recipe: Recipe) -> Estimate:
         return Estimate(samples=items * (1 + settings.samples) if items else None, memory_bytes=_held(parameters))
     if isinstance(settings, PairsSettings):
         return Estimate(samples=settings.num_prompts * settings.samples, memory_bytes=_held(parameters))
+    if isinstance(settings, JudgeStage):
+        return Estimate(samples=settings.num_prompts * settings.samples or None, memory_bytes=_held(parameters))
     if isinstance(settings, AnnotateSettings):
         return Estimate(memory_bytes=_held(parameters))
     if isinstance(settings, MicroscopeSettings):  # one model after the other
@@ -90,7 +96,7 @@ def _held(parameters: int | None) -> float | None:
     return None if parameters is None else PROCESS_BYTES + KEPT_BYTES + 4.0 * parameters
 
 
-def estimate_peak(graph: Graph, recipe: Recipe, workers: int) -> float | None:
+def estimate_peak(graph: Graph, recipe: AnyRecipe, workers: int) -> float | None:
     """Bytes when the `workers` largest nodes run at once, with the parent beside them."""
     sizes = [estimate_node(node, recipe).memory_bytes for node in graph.values()]
     known = sorted((size for size in sizes if size is not None), reverse=True)

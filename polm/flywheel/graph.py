@@ -24,12 +24,12 @@ from polm.recipe import (
     MICROSCOPE_FIELDS,
     AnnotateSettings,
     Arm,
-    DataStage,
     EvalSettings,
     MicroscopeSettings,
     MidtrainSettings,
     Recipe,
 )
+from polm.recipe_data import DataStage
 from polm.stages.common import Stage
 from polm.stages.table import STAGES
 

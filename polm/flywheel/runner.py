@@ -27,6 +27,7 @@ import yaml
 from polm.config import semantic_values, validate
 from polm.errors import StoreError, UserError
 from polm.flywheel.graph import Graph, Node
+from polm.flywheel.kinds import AnyRecipe
 from polm.flywheel.store import (
     KEY_LENGTH,
     Work,
@@ -39,7 +40,6 @@ from polm.flywheel.store import (
     lock,
     read_manifest,
 )
-from polm.recipe import Recipe
 from polm.stages.common import Context
 from polm.stages.table import STAGES
 
@@ -69,7 +69,7 @@ class Plan:
     """A graph with the key and the folder of each node."""
 
     run_dir: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     graph: Graph
     keys: Mapping[str, str]
 
@@ -87,7 +87,7 @@ class Plan:
         return keys | {role: external_key(source) for role, source in node.external.items()}
 
 
-def build_plan(recipe: Recipe, graph: Graph, run_dir: Path) -> Plan:
+def build_plan(recipe: AnyRecipe, graph: Graph, run_dir: Path) -> Plan:
     """Compute every node's key, inputs first."""
     plan = Plan(run_dir, recipe, graph, {})
     keys: dict[str, str] = {}

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from polm.config import Settings, semantic_values
 from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerprint_values, list_files
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
-from polm.recipe import DataStage, FilesData, FolderData, WordProblemsData
+from polm.models.adapters import is_adapter_folder, locate_base
+from polm.recipe_data import DataStage, FilesData, FolderData, WordProblemsData
 from polm.recipe_rewards import RewardSettings
-from polm.stages.common import Context, Stage, StageResult
+from polm.stages.common import Context, Stage, StageResult, model_folder
 
 MANIFEST = "manifest.json"
 CLAIM = ".key"  # in an unfinished artifact: what it will be
@@ -75,6 +77,9 @@ def external_key(source: str) -> str:
     path = Path(source)
     if (path / MANIFEST).is_file():
         return str(check_artifact(path, str(read_manifest(path)["key"]))["key"])
+    if is_adapter_folder(model_folder(source)):  # its base is a part of what it is
+        base, _ = locate_base(model_folder(source))
+        return fingerprint_values({"adapter": fingerprint_path(path), "base": external_key(base)})
     return fingerprint_path(path) if path.exists() else f"hub:{source}"
 
 
@@ -232,7 +237,8 @@ def _read_peak_memory() -> float:
 
 def collect_versions() -> dict[str, str]:
     """What the numbers were made with."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "math-verify")
+    packages = ["torch", "transformers", "tokenizers", "numpy", "math-verify"]
+    packages += [name for name in ("peft",) if find_spec(name) is not None]
     machine = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count()), "machine": platform.machine()}
     return {"polm": __version__, **{name: version(name) for name in packages}, **machine}
 

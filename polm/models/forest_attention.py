@@ -28,11 +28,17 @@ from polm.tokens import Array, TokenBatch
 
 FOREST = "polm_forest"
 QUERY_BLOCK = 128
+# Numbers of keys are multiples of this, for the sake of vector instructions.
+KEY_STEP = 8
 # Two blocks share a padded group while padding costs at most this factor, or while the group is small anyway.
-MAX_PADDING = 1.4
-SMALL_AREA = 1 << 17
-# Largest number of scores (blocks x heads x queries x keys) that one product holds: 64 MB in float32.
-MAX_SCORES = 1 << 24
+MAX_PADDING = 1.15
+SMALL_AREA = 1 << 13
+# Largest number of scores (blocks x heads x queries x keys) that one product holds. On a CPU 2 MB in float32: the
+# passes over them stay in the cache.
+MAX_SCORES = {"cpu": 1 << 19, "other": 1 << 24}
+# Attention weights that a layer keeps for its backward pass, per query head and token of the stream; groups beyond that
+# are computed again. Short segments fit, and the memory stays in proportion to the stream.
+KEPT_WEIGHTS = 256
 
 
 class Attends(Protocol):
@@ -111,9 +117,10 @@ class _Group:
 class ForestPlan:
     """How to attend over one `TokenBatch`; built once, used by every layer. Windows go by distance on the path."""
 
-    def __init__(self, groups: list[_Group], inverse_T: Tensor):
+    def __init__(self, groups: list[_Group], inverse_T: Tensor, spare: int):
         self.groups = groups
-        self.inverse_T = inverse_T  # place of each stream token among the groups' padded queries
+        self.inverse_T = inverse_T  # place of each stream token among the groups' padded queries; 0 for spare rows
+        self.spare = spare
         self._bias: dict[int | None, list[Tensor]] = {}
 
     def biases(self, window: int | None) -> list[Tensor]:
@@ -125,8 +132,9 @@ class ForestPlan:
         self, layer: int, query_HTD: Tensor, key_JTD: Tensor, value_JTD: Tensor, scale: float, window: int | None
     ) -> Tensor:
         del layer
+        rows = query_HTD.transpose(0, 1), key_JTD.transpose(0, 1), value_JTD.transpose(0, 1)
         out: Tensor = _ForestAttention.apply(  # type: ignore[no-untyped-call]
-            query_HTD.transpose(0, 1), key_JTD.transpose(0, 1), value_JTD.transpose(0, 1), self, scale, window
+            *rows, self, scale, window, torch.is_grad_enabled()
         )
         return out
 
@@ -152,19 +160,30 @@ def round_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-def build_plan(batch: TokenBatch, num_heads: int, spare: int = 0) -> ForestPlan:
+def build_plan(
+    batch: TokenBatch, num_heads: int, spare: int = 0, virtual: int = 0, *, round_up: bool = False
+) -> ForestPlan:
     """The plan for a batch; `num_heads` only bounds the size of one product.
 
-    `spare` rows stand behind the stream, belong to no tree, and get an output that nobody may read.
+    `spare` rows stand behind the stream, belong to no tree, and get an output that nobody may read. `virtual` tokens
+    stand before it: a root of its own, under which all trees of the batch hang. With `round_up` the products have
+    round sizes, for the reason that `round_rows` gives.
     """
-    blocks = _cut_blocks(batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist())
+    starts, lengths, parents = batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist()
     positions = batch.positions_T.cpu().numpy()
-    inverse = np.zeros(batch.num_tokens + spare, dtype=np.int64)
+    if virtual:
+        starts, lengths = [0, *(start + virtual for start in starts)], [virtual, *lengths]
+        parents = [-1, *(parent + 1 for parent in parents)]  # a root's parent, -1, becomes the new root, 0
+        positions = np.concatenate([np.arange(virtual), positions + virtual])
+    blocks = _cut_blocks(starts, lengths, parents)
+    inverse = np.zeros(len(positions) + spare, dtype=np.int64)
     groups, offset = [], 0
-    for members in _group_blocks(blocks, num_heads):
-        groups.append(_build_group(members, positions, inverse, offset, batch.tokens_T.device))
+    device = batch.tokens_T.device
+    max_area = MAX_SCORES["cpu" if device.type == "cpu" else "other"] // num_heads
+    for members in _group_blocks(blocks, max_area):
+        groups.append(_build_group(members, positions, inverse, offset, device, round_up))
         offset += groups[-1].num_blocks * groups[-1].num_queries
-    return ForestPlan(groups, torch.from_numpy(inverse).to(batch.tokens_T.device))
+    return ForestPlan(groups, torch.from_numpy(inverse).to(device), spare)
 
 
 def _cut_blocks(starts: list[int], lengths: list[int], parents: list[int]) -> list[_Block]:
@@ -180,7 +199,7 @@ def _cut_blocks(starts: list[int], lengths: list[int], parents: list[int]) -> li
     return blocks
 
 
-def _group_blocks(blocks: list[_Block], num_heads: int) -> list[list[_Block]]:
+def _group_blocks(blocks: list[_Block], max_area: int) -> list[list[_Block]]:
     """Greedy: blocks sorted by size join the current group while its padding stays cheap and its product small."""
     groups: list[list[_Block]] = []
     useful = most_queries = most_keys = 0
@@ -189,7 +208,7 @@ def _group_blocks(blocks: list[_Block], num_heads: int) -> list[list[_Block]]:
         area = useful + block.num_queries * block.num_keys
         padded = (len(groups[-1]) + 1 if groups else 1) * queries * keys
         cheap = padded <= MAX_PADDING * area or padded <= SMALL_AREA
-        if groups and cheap and padded * num_heads <= MAX_SCORES:
+        if groups and cheap and padded <= max_area:
             groups[-1].append(block)
             useful, most_queries, most_keys = area, queries, keys
         else:
@@ -199,15 +218,17 @@ def _group_blocks(blocks: list[_Block], num_heads: int) -> list[list[_Block]]:
 
 
 def _round_up(size: int, step: int) -> int:
-    """Sizes above `step` go up to its next multiple, for the reason that `round_rows` gives."""
+    """Sizes above `step` go up to its next multiple."""
     return size if size <= step else -(-size // step) * step
 
 
-def _build_group(blocks: list[_Block], positions: Array, inverse: Array, offset: int, device: torch.device) -> _Group:
+def _build_group(
+    blocks: list[_Block], positions: Array, inverse: Array, offset: int, device: torch.device, round_up: bool
+) -> _Group:
     """Pad the blocks of one group, and note in `inverse` where each of their tokens stands."""
-    num_blocks = _round_up(len(blocks), 8)
-    num_queries = _round_up(max(block.num_queries for block in blocks), 16)
-    num_keys = _round_up(max(block.num_keys for block in blocks), 16)
+    num_blocks = _round_up(len(blocks), 8 if round_up else 1)
+    num_queries = _round_up(max(block.num_queries for block in blocks), 16 if round_up else 1)
+    num_keys = _round_up(max(block.num_keys for block in blocks), 16 if round_up else KEY_STEP)
     query_index = np.zeros((num_blocks, num_queries), dtype=np.int64)
     query_position = np.full((num_blocks, num_queries), np.iinfo(np.int64).max // 4, dtype=np.int64)
     query_valid = np.zeros((num_blocks, num_queries), dtype=np.float32)
@@ -260,17 +281,16 @@ def _gather_keys(key_TJD: Tensor, group: _Group) -> Tensor:
     return rows.view(group.num_blocks, group.num_keys, *key_TJD.shape[1:]).transpose(1, 2)
 
 
-def _compute_probabilities(queries: Tensor, keys: Tensor, bias: Tensor, scale: float, group: _Group) -> Tensor:
-    """Attention weights [B, J, G*Q, K] in float32."""
+def _compute_weights(queries: Tensor, keys: Tensor, bias: Tensor, group: _Group) -> Tensor:
+    """Attention weights [B, J, G*Q, K] in float32; the queries are scaled already."""
     scores = torch.matmul(queries, keys.transpose(2, 3)).float()
     blocks, key_heads, rows, num_keys = scores.shape
     scores = scores.view(blocks, -1, group.num_queries, num_keys)
-    scores = torch.softmax(scores.mul_(scale).add_(bias), dim=-1)
-    return scores.view(blocks, key_heads, rows, num_keys)
+    return torch.softmax(scores.add_(bias), dim=-1).view(blocks, key_heads, rows, num_keys)
 
 
 class _ForestAttention(torch.autograd.Function):
-    """softmax(scale q k^T + mask) v over the plan's groups; the backward pass computes the weights again."""
+    """softmax(scale q k^T + mask) v over the plan's groups; what of the weights is not kept is computed again."""
 
     @staticmethod
     def forward(
@@ -281,50 +301,54 @@ class _ForestAttention(torch.autograd.Function):
         plan: ForestPlan,
         scale: float,
         window: int | None,
+        keep: bool,
     ) -> Tensor:
-        num_heads, num_key_heads = query_THD.shape[1], key_TJD.shape[1]
-        outputs = []
+        num_tokens, num_heads = query_THD.shape[:2]
+        num_key_heads = key_TJD.shape[1]
+        scaled_THD = query_THD * scale
+        room = KEPT_WEIGHTS * num_tokens * num_heads if keep else 0
+        outputs: list[Tensor] = []
+        kept: list[Tensor | None] = []
         for group, bias in zip(plan.groups, plan.biases(window), strict=True):
-            queries = _rows_to_heads(query_THD.index_select(0, group.query_index), group, num_key_heads)
+            queries = _rows_to_heads(scaled_THD.index_select(0, group.query_index), group, num_key_heads)
             keys, values = _gather_keys(key_TJD, group), _gather_keys(value_TJD, group)
-            weights = _compute_probabilities(queries, keys, bias, scale, group)
-            outputs.append(_scatter_queries(torch.matmul(weights.to(values.dtype), values), group, num_heads))
-        out_THD = torch.cat(outputs).index_select(0, plan.inverse_T)
-        ctx.save_for_backward(query_THD, key_TJD, value_TJD, out_THD)
+            weights = _compute_weights(queries, keys, bias, group).to(values.dtype)
+            outputs.append(_scatter_queries(torch.matmul(weights, values), group, num_heads))
+            room -= weights.numel()
+            kept.append(weights if room >= 0 else None)
+        ctx.save_for_backward(scaled_THD, key_TJD, value_TJD, *kept)
         ctx.plan, ctx.scale, ctx.window = plan, scale, window
-        return out_THD
+        return torch.cat(outputs).index_select(0, plan.inverse_T)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out_THD,) = grads
-        query_THD, key_TJD, value_TJD, out_THD = ctx.saved_tensors
+        scaled_THD, key_TJD, value_TJD, *kept = ctx.saved_tensors
         plan: ForestPlan = ctx.plan
-        num_heads, num_key_heads = query_THD.shape[1], key_TJD.shape[1]
+        num_heads, num_key_heads = scaled_THD.shape[1], key_TJD.shape[1]
         # Float32 accumulators: a shared prompt's keys collect the gradients of all of its children.
         grad_key = torch.zeros(key_TJD.shape, dtype=torch.float32, device=key_TJD.device)
         grad_value = torch.zeros_like(grad_key)
         grad_queries = []
-        # sum_k w_k (dw_k) of the softmax's gradient equals out . grad_out: no product over the keys is needed.
-        dot_TH1 = (out_THD.float() * grad_out_THD.float()).sum(-1, keepdim=True)
-        for group, bias in zip(plan.groups, plan.biases(ctx.window), strict=True):
-            queries = _rows_to_heads(query_THD.index_select(0, group.query_index), group, num_key_heads)
+        for group, bias, weights in zip(plan.groups, plan.biases(ctx.window), kept, strict=True):
+            queries = _rows_to_heads(scaled_THD.index_select(0, group.query_index), group, num_key_heads)
             keys, values = _gather_keys(key_TJD, group), _gather_keys(value_TJD, group)
             grad_rows_THD = grad_out_THD.index_select(0, group.query_index)
-            dot_rows_TH1 = dot_TH1.index_select(0, group.query_index)
             if group.query_valid is not None:  # padded queries must not reach the keys
                 grad_rows_THD = grad_rows_THD * group.query_valid.to(grad_rows_THD.dtype)
-                dot_rows_TH1 = dot_rows_TH1 * group.query_valid
             grad_rows = _rows_to_heads(grad_rows_THD, group, num_key_heads)
-            dots = _rows_to_heads(dot_rows_TH1, group, num_key_heads)
-            weights = _compute_probabilities(queries, keys, bias, ctx.scale, group)
-            grad_weights = torch.matmul(grad_rows, values.transpose(2, 3)).float()
-            grad_scores = (weights * grad_weights.sub_(dots)).mul_(ctx.scale).to(queries.dtype)
-            weights = weights.to(queries.dtype)
+            if weights is None:
+                weights = _compute_weights(queries, keys, bias, group).to(queries.dtype)
+            grad_weights = torch.matmul(grad_rows, values.transpose(2, 3))
+            # weights * (grad_weights - sum over keys of weights * grad_weights), in one pass
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_queries.append(_scatter_queries(torch.matmul(grad_scores, keys), group, num_heads))
             _add_keys(grad_key, torch.matmul(grad_scores.transpose(2, 3), queries), group)
             _add_keys(grad_value, torch.matmul(weights.transpose(2, 3), grad_rows), group)
-        grad_query = torch.cat(grad_queries).index_select(0, plan.inverse_T)
-        return grad_query, grad_key.to(key_TJD.dtype), grad_value.to(value_TJD.dtype), None, None, None
+        grad_query = torch.cat(grad_queries).index_select(0, plan.inverse_T).mul_(ctx.scale)
+        if plan.spare:  # their place is another token's, whose gradient is not theirs
+            grad_query[-plan.spare :] = 0.0
+        return grad_query, grad_key.to(key_TJD.dtype), grad_value.to(value_TJD.dtype), None, None, None, None
 
 
 def _add_keys(total_TJD: Tensor, grad_BJKD: Tensor, group: _Group) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from polm.errors import ModelError, StoreError
-from polm.models.forest_attention import FOREST, build_plan, round_rows
+from polm.models.forest_attention import FOREST, Attends, build_plan, round_rows
+from polm.models.quantize import build_quantization
+from polm.models.virtual import PrefixPlan, read_virtual
 from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
+FEW_ROWS = 64
 PLAIN_DECODER = "Use a plain attention decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)"
 LOADING_CURE = (
     "If it is a folder, its files are damaged or incomplete: copy or download it again. If it is a hub id, check its "
@@ -76,15 +82,21 @@ def build_model(
     return prepare_model(model, architecture)
 
 
-def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, quantize: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model from a folder or a hub id (`name` or `name@revision`), ready for the token forest.
 
-    Raises ModelError naming what is missing and the cure.
+    `quantize` keeps its linear layers in 4 bits (`models/quantize.py`). Raises ModelError naming what is missing and
+    the cure.
     """
     name = require_source(source, "model")
+    more = build_quantization(quantize) if quantize is not None else {}
     model: PreTrainedModel
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(**locate(name), dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **locate(name), dtype=dtype, output_loading_info=True, **more
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
     if any(key.startswith(("score.", "classifier.")) for key in report["unexpected_keys"]):
@@ -93,7 +105,7 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
             "give the model that it was made from"
         )
     require_all_weights(report["missing_keys"], name)
-    return prepare_model(model.to(device), name)
+    return prepare_model(model if more else model.to(device), name)
 
 
 def require_all_weights(missing_keys: Iterable[str], name: str) -> None:
@@ -121,6 +133,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         )
     out: PreTrainedTokenizerFast = tokenizer
     return out
+
+
+def model_folder(source: str) -> str:
+    """A stage's artifact holds its model or adapter in `model/`; anything else is taken as it is."""
+    inner = Path(source) / "model"
+    return str(inner) if any((inner / name).is_file() for name in ("config.json", ADAPTER_CONFIG)) else source
 
 
 def require_source(source: str | Path, what: str) -> str:
@@ -156,7 +174,7 @@ def prepare_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
         model,
         name,
         own=lambda ids: torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].float(), -1),
-        read=lambda hidden: torch.log_softmax(output_logits(model, hidden), -1),
+        read=partial(read_logprobs, model),
         what="log-probabilities",
         kind="a causal language model",
     )
@@ -177,7 +195,7 @@ def switch_to_forest(
     Raises ModelError where they differ, are not finite, or cannot be computed.
     """
     _refuse_shared_frequencies(model, name)
-    check_ids = _check_ids(model)
+    check_ids = build_check_ids(model)
     model.eval()
     with torch.no_grad():
         try:
@@ -197,7 +215,7 @@ def switch_to_forest(
             module.attention_dropout = 0.0
         if isinstance(inner := getattr(module, "attn_dropout", None), nn.Dropout):
             inner.p = 0.0
-    _check_forest(model, check_ids, expected, read, name, what)
+    check_forest(model, check_ids, expected, read, name, what)
     return model.train()
 
 
@@ -212,8 +230,8 @@ def _refuse_shared_frequencies(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _check_ids(model: PreTrainedModel) -> torch.Tensor:
-    """Twelve token ids, none of them the padding token, which a classifier would leave out."""
+def build_check_ids(model: PreTrainedModel) -> torch.Tensor:
+    """Twelve token ids to compare two forwards on, without the padding token, which a classifier would leave out."""
     size = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, size, (12,), generator=generator)
@@ -221,10 +239,24 @@ def _check_ids(model: PreTrainedModel) -> torch.Tensor:
     return (ids if pad is None else torch.where(ids == pad, (ids + 1) % size, ids)).to(model.device)
 
 
-def _check_forest(
+def check_forest_logits(model: PreTrainedModel, ids: torch.Tensor, expected_TV: torch.Tensor, name: str) -> None:
+    """`check_forest` on the log-probabilities of a language model, whose own logits are `expected_TV`."""
+    expected = torch.log_softmax(expected_TV, -1)
+    check_forest(model, ids, expected, partial(read_logprobs, model), name, "log-probabilities")
+
+
+def read_logprobs(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [N, V] from hidden states."""
+    return torch.log_softmax(output_logits(model, hidden_ND), -1)
+
+
+def check_forest(
     model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor, read: Compute, name: str, what: str
 ) -> None:
-    """A stranger, then a prompt and its continuation as a child: the second tree must see only itself."""
+    """A stranger, then a prompt and its continuation as a child: the second tree must see only itself.
+
+    `expected` is what `read` must make of the forest's hidden states of `ids` [T]. ModelError where it differs.
+    """
     numbers = ids.cpu().numpy()
     batch = collate([build_document(numbers[::-1].copy()), build_completions(numbers[:5], [numbers[5:]])])
     with torch.no_grad():
@@ -236,7 +268,7 @@ def _check_forest(
             kind = model.config.model_type
             raise ModelError(f"{name} ({kind}) does not run as a token forest: {error}. {PLAIN_DECODER}") from error
     gap = float((found - expected).abs().max())
-    low_precision = next(model.parameters()).dtype != torch.float32
+    low_precision = next(model.parameters()).dtype != torch.float32 or getattr(model, "is_quantized", False)
     if not gap <= (0.2 if low_precision else CHECK_TOLERANCE):
         raise ModelError(
             f"{name} ({model.config.model_type}) gives other {what} as a token forest than on its own "
@@ -250,26 +282,35 @@ def compute_hidden(
 ) -> torch.Tensor:
     """Final hidden states of the stream, [T, width], after the last norm.
 
+    A model's virtual tokens stand above all trees (`models/virtual.py`); their own states are not returned.
     With `round_up` the products run over a round number of rows (see `round_rows`); the spare rows are cut off again.
     `noise_TD` is added to what the embedding layer gives.
     """
-    spare = round_rows(batch.num_tokens) - batch.num_tokens if round_up else 0
-    plan = build_plan(batch, int(model.config.get_text_config().num_attention_heads), spare)
-    ids = torch.nn.functional.pad(batch.tokens_T, (0, spare))[None]
-    tokens: dict[str, torch.Tensor] = {"input_ids": ids}
-    if noise_TD is not None:
-        embedded: torch.Tensor = model.get_input_embeddings()(ids)
-        noise = torch.nn.functional.pad(noise_TD, (0, 0, 0, spare))[None]
-        tokens = {"inputs_embeds": embedded + noise.to(embedded.dtype)}
-    out = model.get_decoder()(
-        **tokens,
-        position_ids=torch.nn.functional.pad(batch.positions_T, (0, spare))[None],
-        attention_mask=None,
-        use_cache=False,
-        forest=plan,
+    virtual = read_virtual(model)
+    before = virtual.num if virtual is not None else 0
+    first = before if virtual is not None and virtual.embeddings_PD is not None else 0  # rows before the batch's own
+    rows = first + batch.num_tokens
+    spare = round_rows(rows) - rows if round_up else 0
+    plan: Attends = build_plan(
+        batch, int(model.config.get_text_config().num_attention_heads), spare, before, round_up=round_up
     )
+    ids = nn.functional.pad(batch.tokens_T, (0, spare))
+    positions = nn.functional.pad(batch.positions_T + before, (0, spare))
+    tokens = {"input_ids": ids[None]}
+    is_above = virtual is not None and virtual.embeddings_PD is not None
+    if is_above or noise_TD is not None:
+        embedded_TD: torch.Tensor = model.get_input_embeddings()(ids)
+        if noise_TD is not None:
+            embedded_TD = embedded_TD + nn.functional.pad(noise_TD, (0, 0, 0, spare)).to(embedded_TD.dtype)
+        tokens = {"inputs_embeds": embedded_TD[None]}
+    if virtual is not None and virtual.embeddings_PD is not None:
+        tokens = {"inputs_embeds": torch.cat([virtual.embeddings_PD, tokens["inputs_embeds"][0]])[None]}
+        positions = torch.cat([torch.arange(first, device=positions.device), positions])
+    elif virtual is not None and virtual.layers is not None:
+        plan = PrefixPlan(plan, virtual.num, virtual.layers)
+    out = model.get_decoder()(**tokens, position_ids=positions[None], attention_mask=None, use_cache=False, forest=plan)
     hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden[: batch.num_tokens]
+    return hidden[first:rows]
 
 
 def output_head(model: PreTrainedModel) -> tuple[nn.Parameter, float | None]:
@@ -284,26 +325,37 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Parameter, float | None]:
 def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
     """Float32 logits [N, V] of a few positions (the generator's case; training uses the chunked head)."""
     weight, cap = output_head(model)
-    logits = torch.nn.functional.linear(hidden_ND.to(weight.dtype), weight).float()
+    hidden_ND = hidden_ND.to(weight.dtype)
+    if hidden_ND.device.type == "cpu" and len(hidden_ND) <= FEW_ROWS and not torch.is_autocast_enabled("cpu"):
+        logits = torch.mm(weight, hidden_ND.t()).t().float()  # the large matrix first is the faster order
+    else:
+        logits = torch.nn.functional.linear(hidden_ND, weight).float()
     return cap * torch.tanh(logits / cap) if cap is not None else logits
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
     """Write an ordinary Hugging Face checkpoint (safetensors); the folder appears complete or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(folder, "the model") as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         _forget_attention(temporary / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def whole_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder to write into, which then takes the name `folder`: it appears complete or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StoreError(
-            f"the model could not be written to {folder}: {first_line(error)}; free space and run again"
+            f"{what} could not be written to {folder}: {first_line(error)}; free space and run again"
         ) from error
 
 

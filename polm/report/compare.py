@@ -30,6 +30,7 @@ NUM_RESAMPLES = 4_000
 
 # Where in the pipeline a model was evaluated, in order, with the words for it. Other points follow in run order.
 POINTS = {
+    "start": "before training",
     "base": "base model, after mid-training",
     "sft": "after SFT",
     "dpo": "after preference optimisation",

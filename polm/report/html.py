@@ -19,6 +19,7 @@ from polm import __version__
 from polm.errors import StoreError
 from polm.report.escape import esc
 from polm.report.load import Run, load_run
+from polm.report.sections_judges import section_judges
 from polm.report.sections_microscope import section_microscope
 from polm.report.sections_provenance import section_ledger, section_lineage, section_recipe, section_versions
 from polm.report.sections_results import section_benchmarks, section_graph, section_headline
@@ -35,6 +36,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
     ("microscope", "Token microscope", section_microscope),
     ("samples", "Samples", section_samples),
     ("rollouts", "Rollouts of RL", section_rollouts),
+    ("judges", "Judges", section_judges),
     ("ledger", "Token ledger", section_ledger),
     ("lineage", "Lineage", section_lineage),
     ("recipe", "Recipe", section_recipe),
@@ -55,7 +57,7 @@ def build_report(run: Run) -> str:
     """The whole page as text. The same run folder gives the same bytes: nothing of the present time is written."""
     finished = max((node.manifest.finished for node in run.nodes if node.manifest), default="")
     when = f"last stage finished {finished}" if finished else "no stage finished yet"
-    sections = [(anchor, heading, build(run)) for anchor, heading, build in SECTIONS]
+    sections = [(anchor, heading, html) for anchor, heading, build in SECTIONS if (html := build(run))]
     return build_page("polm report", run.name, when, sections)
 
 

@@ -150,11 +150,12 @@ class Microscope:
 
 @dataclass(frozen=True)
 class RolloutSample:
-    """One sampled answer of RL with its verdict and its advantage."""
+    """One sampled answer of RL with its verdict and its advantage; `reward` where it is not the verdict's 0 or 1."""
 
     text: str
     status: str
     advantage: float = 0.0
+    reward: float | None = None
 
 
 @dataclass(frozen=True)

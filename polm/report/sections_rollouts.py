@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from polm.report.compare import CONTROL, compute_arm, compute_rows, get_lead_arm
 from polm.report.escape import esc
-from polm.report.load import Node, RolloutGroup, Run
+from polm.report.load import Node, RolloutGroup, RolloutSample, Run
 from polm.report.markup import build_details, build_paragraph
 from polm.report.sections_samples import build_text
 
 MAX_GROUPS = 4
 MAX_GROUP_SAMPLES = 16
 MAX_ROLLOUT_TEXT = 600
-SIGNS = {"right": "✓", "wrong": "✗"}
+SIGNS = {"right": "✓", "wrong": "✗", "scored": "·"}
+UNJUDGED = ("timeout", "error", "nonsense")
 
 
 def choose_node(run: Run) -> Node | None:
@@ -27,25 +28,36 @@ def choose_node(run: Run) -> Node | None:
     return nodes[0] if nodes else None
 
 
-def _build_sample(text: str, status: str, advantage: float) -> str:
-    reward = 1 if status == "right" else 0
-    verdict = "right" if status == "right" else "wrong"
-    gain = f"{advantage:+.2f}".replace("-", "\u2212") if advantage else "0"
+def describe_reward(sample: RolloutSample) -> str:
+    """ "reward 1", "reward 0.35", or that there is none."""
+    if sample.status in UNJUDGED:
+        return "no reward"
+    reward = float(sample.status == "right") if sample.reward is None else sample.reward
+    return f"reward {reward:.4g}".replace("-", "\u2212")
+
+
+def _build_sample(sample: RolloutSample) -> str:
+    verdict = "right" if sample.status == "right" else "" if sample.status == "scored" else "wrong"
+    gain = f"{sample.advantage:+.2f}".replace("-", "\u2212") if sample.advantage else "0"
     return (
-        f'<div class="answer"><p class="verdict {verdict}">{SIGNS.get(status, "?")} {esc(status)}, reward {reward}, '
-        f"advantage {gain}</p>{build_text(text, MAX_ROLLOUT_TEXT)}</div>"
+        f'<div class="answer"><p class="verdict {verdict}">{SIGNS.get(sample.status, "?")} {esc(sample.status)}, '
+        f"{describe_reward(sample)}, advantage {gain}</p>{build_text(sample.text, MAX_ROLLOUT_TEXT)}</div>"
     )
 
 
 def _build_group(group: RolloutGroup) -> str:
     samples = group.samples[:MAX_GROUP_SAMPLES]
     num_right = sum(sample.status == "right" for sample in group.samples)
+    right = f"{num_right} of {len(group.samples)} right"
+    expected = (
+        f"expected answer: <code>{esc(group.answer)}</code>; {right}" if group.answer != "" else "no known answer"
+    )
     rest = len(group.samples) - len(samples)
     more = build_paragraph(f"{rest} more samples are not shown.", "quiet") if rest else ""
-    answers = "".join(_build_sample(one.text, one.status, one.advantage) for one in samples)
+    answers = "".join(map(_build_sample, samples))
     return (
         f'<article class="item"><h5>prompt</h5>{build_text(group.prompt, MAX_ROLLOUT_TEXT)}'
-        f"<p>expected answer: <code>{esc(group.answer)}</code>; {num_right} of {len(group.samples)} right</p>"
+        f"<p>{expected}</p>"
         f'<div class="answers">{answers}</div>{more}</article>'
     )
 
@@ -68,7 +80,8 @@ def section_rollouts(run: Run) -> str:
             f"Training rollouts of {compute_arm(node).label}, seed {node.spec.seed}: the first {MAX_GROUPS} prompts of "
             f"the first and of the last rollout, whatever came out. At most {MAX_GROUP_SAMPLES} samples a prompt are "
             f"shown, cut at {MAX_ROLLOUT_TEXT} characters. The prompts of two rollouts differ; the same prompts before "
-            "and after RL stand under Samples. Reward 1 is an answer that the verifier calls right. The advantage is "
+            "and after RL stand under Samples. Reward 1 is an answer that the verifier calls right; an answer "
+            "that is scored has the reward of a judge, a model or a function. The advantage is "
             "the reward against the group's own: a group that is all right or all wrong teaches nothing.",
             "quiet",
         ),

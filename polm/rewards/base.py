@@ -1,7 +1,7 @@
 """What a reward is: one protocol for verifiers, reward functions, reward models and judges.
 
-A sample that could not be judged (`timeout`, `error`) has no value: it is neither right nor wrong, and whoever reads
-rewards leaves it out and counts it.
+A sample that could not be judged (`timeout`, `error`, `nonsense`) has no value: it is neither right nor wrong, and
+whoever reads rewards leaves it out and counts it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 from polm.tokens import Array
 
-RewardStatus = Literal["right", "wrong", "scored", "unparsed", "timeout", "error"]
-UNJUDGED: tuple[RewardStatus, ...] = ("timeout", "error")
+RewardStatus = Literal["right", "wrong", "scored", "unparsed", "timeout", "error", "nonsense"]
+UNJUDGED: tuple[RewardStatus, ...] = ("timeout", "error", "nonsense")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class RewardItem:
 
 @dataclass(frozen=True)
 class Reward:
-    """`value` is None exactly where the status is `timeout` or `error`; an answer that cannot be parsed has the
-    value 0. `note` says why, for people. `parts` are the values by source where the reward is a sum of several."""
+    """`value` is None exactly where the status is in UNJUDGED. An answer that a verifier cannot parse (`unparsed`) has
+    the value 0; a judge whose reply holds no verdict (`nonsense`) says nothing about the answer. `note` says why, for
+    people. `parts` are the values by source where the reward is a sum of several."""
 
     value: float | None
     status: RewardStatus

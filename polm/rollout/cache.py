@@ -1,6 +1,6 @@
 """Keys and values for decoding: the objects that the generator hands to a model's forward as `forest`.
 
-While prompts are read, `PrefillCapture` attends by a `ForestPlan` and keeps each layer's keys and values. While
+While prompts are read, `PrefillCapture` attends by a plan and keeps each layer's keys and values. While
 tokens are decoded, the stream is one token of each live row, and `DecodeCache` attends over that row's own past.
 
 Shape suffixes: T stream, R live rows (one token each in a decoding step), S slots, H query heads, J key heads,
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.errors import ModelError
-from polm.models.forest_attention import ForestPlan
+from polm.models.forest_attention import Attends
 from polm.tokens import Array
 
 Captured = dict[int, tuple[Tensor, Tensor]]  # layer -> (key_JTD, value_JTD) of a whole stream
@@ -51,7 +51,7 @@ def read_cache_shape(model: PreTrainedModel) -> CacheShape:
 class PrefillCapture:
     """Attends by the plan of a packed batch of prompts and keeps each layer's (key_JTD, value_JTD)."""
 
-    def __init__(self, plan: ForestPlan):
+    def __init__(self, plan: Attends):
         self.plan = plan
         self.layers: Captured = {}
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.engine.score import autocast
 from polm.errors import NonFiniteError, UserError
+from polm.models.virtual import VirtualTokens, read_virtual
 from polm.rollout.reader import Reader, build_readers
 from polm.rollout.sampling import (
     apply_top_k,
@@ -126,17 +127,22 @@ def generate(
     max_cache_bytes: int = 1 << 30,
     progress: Callable[[int, int], None] | None = None,
     mixture: Mixture | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue each prompt (token ids) `params.num_samples` times; ordered by (prompt, sample).
 
     `model` comes from `load_model` or `prepare_model`; `mixture` may add a second one. At most `max_rows` completions
     are decoded at a time, and no more than `max_cache_bytes` of keys and values hold (at least one). `progress(done,
     total)` counts completions.
+    `streams` gives each prompt a number that takes the place of its index in the draw (see `SamplingParams.seed`), so
+    that its completions do not depend on the prompts beside it.
     The result does not depend on `max_rows`, but for draws so near a boundary that rounding decides them.
     Raises UserError for a prompt that is empty, has unknown ids or leaves no room, NonFiniteError for NaN logits.
     """
     models = [model] if mixture is None else [model, mixture.model]
-    queue = _build_queue(models, prompts, params)
+    with torch.no_grad():
+        virtual = [read_virtual(one) for one in models]
+    queue = _build_queue(models, virtual, prompts, params, streams)
     if max_rows < 1:
         raise UserError(f"max_rows is {max_rows}; expected at least 1")
     if not len(queue.prompt_Q):
@@ -147,9 +153,8 @@ def generate(
     try:
         # One enclosing autocast keeps the bf16 copies of the weights for the whole call.
         with torch.no_grad(), autocast(model.device.type, bf16), _cacheable_casts(models, bf16):
-            readers = build_readers(
-                models, queue.groups, queue.limits, bf16, min(max_rows, len(queue.prompt_Q)), max_cache_bytes
-            )
+            max_rows = min(max_rows, len(queue.prompt_Q))
+            readers = build_readers(models, virtual, queue.groups, queue.limits, bf16, max_rows, max_cache_bytes)
             rows = _Rows(readers, mixture.share if mixture is not None else 0.0, tokenizer, queue, params)
             ended = rows.run(progress)
     finally:
@@ -169,16 +174,24 @@ class _Queue:
     group_Q: Array
     prompt_Q: Array
     sample_Q: Array
+    streams: Sequence[int]  # of each prompt: whose random numbers it draws
 
 
 def _build_queue(
-    models: Sequence[PreTrainedModel], prompts: Sequence[Array | list[int]], params: SamplingParams
+    models: Sequence[PreTrainedModel],
+    virtual: Sequence[VirtualTokens | None],
+    prompts: Sequence[Array | list[int]],
+    params: SamplingParams,
+    streams: Sequence[int] | None,
 ) -> _Queue:
     vocab, *others = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
     if others and others[0] != vocab:
         raise UserError(f"mixture: the models have {vocab} and {others[0]} token ids; they must share a vocabulary")
-    rooms = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62) for model in models]
-    room = min(rooms)
+    room = min(
+        (getattr(model.config.get_text_config(), "max_position_embeddings", None) or (1 << 62))
+        - (above.num if above is not None else 0)
+        for model, above in zip(models, virtual, strict=True)
+    )
     members: dict[bytes, list[int]] = {}
     for index, prompt in enumerate(prompts):
         ids = np.asarray(prompt, dtype=np.int64)
@@ -192,7 +205,8 @@ def _build_queue(
         if len(ids) >= room:
             raise UserError(
                 f"prompt {index} has {len(ids)} tokens, which leaves no room for new ones: the model has {room} "
-                "positions (max_position_embeddings); shorten the prompt or use a model with more"
+                "positions (max_position_embeddings, less its virtual tokens); shorten the prompt or use a model with "
+                "more"
             )
         members.setdefault(ids.tobytes(), []).append(index)
     groups = [np.frombuffer(key, dtype=np.int64) for key in members]
@@ -204,6 +218,7 @@ def _build_queue(
         group_Q=np.repeat(np.arange(len(groups)), counts),
         prompt_Q=np.repeat(prompt_indices, params.num_samples),
         sample_Q=np.tile(np.arange(params.num_samples), len(prompt_indices)),
+        streams=range(len(prompts)) if streams is None else streams,
     )
 
 
@@ -304,7 +319,7 @@ class _Rows:
         self.reason[slots] = LIVE
         if self.params.temperature > 0:
             pairs = zip(queue.prompt_Q[requests].tolist(), queue.sample_Q[requests].tolist(), strict=True)
-            self.key[slots] = [build_key(self.params.seed, prompt, sample) for prompt, sample in pairs]
+            self.key[slots] = [build_key(self.params.seed, queue.streams[prompt], sample) for prompt, sample in pairs]
         self.next_request += count
         self.num_live += count
         waiting = self.next_request < len(queue.prompt_Q) and bool(queue.group_Q[self.next_request] == groups[-1])
@@ -382,7 +397,7 @@ class _Rows:
             table[targets] = table[sources]
         length = int((self.prompt_length[targets] + self.num_tokens[targets]).max()) - 1
         for reader in self.readers:
-            reader.cache.move(sources, targets, length)
+            reader.move(sources, targets, length)
 
 
 def _build_stop_table(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> Array:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from polm.models.forest_attention import Attends, build_plan
 from polm.models.loading import output_logits
+from polm.models.virtual import PrefixPlan, VirtualTokens
 from polm.rollout.cache import Captured, DecodeCache, PrefillCapture, compute_ranges, read_cache_shape
 from polm.tokens import Array, Segment, collate
 
@@ -54,11 +55,34 @@ class Prefilled:
         )
 
 
-def prefill(model: PreTrainedModel, prompts: Sequence[Array], first_group: int) -> Prefilled:
-    """Read prompts, packed as the roots of a forest, in one forward."""
+def capture_virtual(model: PreTrainedModel, virtual: VirtualTokens) -> VirtualTokens:
+    """The keys and values of the virtual tokens, read once for all rows."""
+    if virtual.layers is not None or virtual.embeddings_PD is None:
+        return virtual
+    batch = collate([(Segment(np.zeros(virtual.num, dtype=np.int64)),)]).to(model.device)
+    num_heads, bf16 = int(model.config.get_text_config().num_attention_heads), torch.is_autocast_enabled("cpu")
+    capture = PrefillCapture(build_plan(batch, num_heads, round_up=bf16))
+    model.get_decoder()(
+        inputs_embeds=virtual.embeddings_PD[None],
+        position_ids=batch.positions_T[None],
+        attention_mask=None,
+        use_cache=False,
+        forest=capture,
+    )
+    return VirtualTokens(virtual.num, layers=capture.layers)
+
+
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[Array], first_group: int, above: VirtualTokens | None = None
+) -> Prefilled:
+    """Read prompts, packed as the roots of a forest (under the virtual tokens `above`, if any), in one forward."""
     batch = collate([(Segment(ids),) for ids in prompts]).to(model.device)
-    capture = PrefillCapture(build_plan(batch, int(model.config.get_text_config().num_attention_heads)))
-    hidden_TD = run_decoder(model, batch.tokens_T, batch.positions_T, capture)
+    num = above.num if above is not None else 0
+    plan: Attends = build_plan(batch, int(model.config.get_text_config().num_attention_heads), virtual=num)
+    if above is not None and above.layers is not None:
+        plan = PrefixPlan(plan, num, above.layers)
+    capture = PrefillCapture(plan)
+    hidden_TD = run_decoder(model, batch.tokens_T, batch.positions_T + num, capture)
     logits_PV = output_logits(model, hidden_TD.index_select(0, batch.starts_S + batch.lengths_S - 1))
     return Prefilled(
         first_group, capture.layers, batch.starts_S.cpu().numpy(), batch.lengths_S.cpu().numpy(), logits_PV
@@ -66,10 +90,20 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Array], first_group: int) 
 
 
 class Reader:
-    """One model at work: it reads prompts and the live rows' tokens, and keeps their keys and values."""
+    """One model at work: it reads prompts and the live rows' tokens, and keeps their keys and values.
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Array], cache: DecodeCache):
-        self.model, self.prompts, self.cache = model, prompts, cache
+    The keys and values of its virtual tokens, `above`, stand before each row's own, the same in every slot.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Array], cache: DecodeCache, above: VirtualTokens | None
+    ):
+        self.model, self.prompts, self.cache, self.above = model, prompts, cache, above
+        self.num_above = above.num if above is not None else 0
+        if above is not None and above.layers is not None:
+            places, slots = np.arange(above.num), np.arange(cache.num_slots)
+            repeated = np.tile(places, cache.num_slots)
+            self.cache.fill(dict(above.layers), repeated, np.repeat(slots, above.num), repeated)
         self.held: Prefilled | None = None
 
     def read_prompts(self, groups: Array, slots: Array, waiting: bool) -> Tensor:
@@ -85,7 +119,7 @@ class Reader:
             chosen = groups[begin:end] - part.first_group
             lengths = part.lengths_P[chosen]
             source, positions = compute_ranges(part.starts_P[chosen], lengths)
-            self.cache.fill(part.layers, source, np.repeat(slots[begin:end], lengths), positions)
+            self.cache.fill(part.layers, source, np.repeat(slots[begin:end], lengths), self.num_above + positions)
             logits_parts.append(part.logits_PV.index_select(0, torch.from_numpy(chosen).to(part.logits_PV.device)))
             last = part
         self.held = last.only_last() if waiting and last is not None else None
@@ -101,18 +135,23 @@ class Reader:
             chunk.append(self.prompts[group])
             following = len(self.prompts[group + 1]) if group < last else PREFILL_TOKENS
             if sum(map(len, chunk)) + following > PREFILL_TOKENS:
-                yield prefill(self.model, chunk, group + 1 - len(chunk))
+                yield prefill(self.model, chunk, group + 1 - len(chunk), self.above)
                 chunk = []
 
     def read_tokens(self, tokens_R: Array, positions_R: Array) -> Tensor:
         """Feed each live row's last token; returns the logits [R, V] of the next."""
-        positions = self.cache.begin_step(positions_R)
+        positions = self.cache.begin_step(self.num_above + positions_R)
         tokens = torch.from_numpy(tokens_R).to(self.model.device)
         return output_logits(self.model, run_decoder(self.model, tokens, positions, self.cache))
+
+    def move(self, sources: Array, targets: Array, length: int) -> None:
+        """Copy the first `length` tokens of some slots to other slots (none is both)."""
+        self.cache.move(sources, targets, self.num_above + length)
 
 
 def build_readers(
     models: Sequence[PreTrainedModel],
+    virtual: Sequence[VirtualTokens | None],
     prompts: Sequence[Array],
     limits: Sequence[int],
     bf16: bool,
@@ -122,14 +161,16 @@ def build_readers(
     """A reader a model, all with the same number of slots: `max_rows`, or what `max_cache_bytes` hold of all of them
     together, at least one. `limits` are the new tokens that may stand behind each of the distinct prompts."""
     shapes = [read_cache_shape(model) for model in models]
+    above = [capture_virtual(m, own) if own is not None else None for m, own in zip(models, virtual, strict=True)]
     # Float32 on CPU in any case: its bf16 products of one query row are slower than those of float32.
     on_cpu = models[0].device.type == "cpu"
     dtypes = [torch.float32 if on_cpu else torch.bfloat16 if bf16 else model.dtype for model in models]
     # The last token of a row is never fed.
-    length = max(len(ids) + limit - 1 for ids, limit in zip(prompts, limits, strict=True))
-    row_bytes = sum(s.num_values * length * dtype.itemsize for s, dtype in zip(shapes, dtypes, strict=True))
+    longest = max(len(ids) + limit - 1 for ids, limit in zip(prompts, limits, strict=True))
+    lengths = [longest + (own.num if own is not None else 0) for own in above]
+    row_bytes = sum(s.num_values * n * dtype.itemsize for s, n, dtype in zip(shapes, lengths, dtypes, strict=True))
     num_slots = max(1, min(max_rows, max_cache_bytes // row_bytes))
     return [
-        Reader(model, prompts, DecodeCache(shape, num_slots, length, dtype, model.device))
-        for model, shape, dtype in zip(models, shapes, dtypes, strict=True)
+        Reader(model, prompts, DecodeCache(shape, num_slots, length, dtype, model.device), own)
+        for model, shape, length, dtype, own in zip(models, shapes, lengths, dtypes, above, strict=True)
     ]

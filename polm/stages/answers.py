@@ -10,15 +10,13 @@ from typing import Any
 
 from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import Prompt, read_prompts, write_jsonl
-from polm.engine.device import sample_in_bf16
-from polm.models.loading import count_parameters
 from polm.recipe import AnswerSettings
 from polm.rewards.base import Reward, Rewarder
 from polm.rewards.selection import Answer
-from polm.rollout.generate import SamplingParams, generate
+from polm.rollout.answers import sample_answers
 from polm.stages.common import Base, Context, input_file
 from polm.stages.rollouts import judge_completions, load_rewarder, require_room
-from polm.text.chat import render_prompt, stop_token_ids
+from polm.text.chat import render_prompt
 
 PART_ANSWERS = 2048  # answers drawn and judged at a time; a killed stage draws only the part anew that it was in
 
@@ -77,17 +75,19 @@ def _draw_part(
     report: _Progress,
 ) -> list[dict[str, Any]]:
     """One row a prompt, with all of its answers."""
-    params = SamplingParams(
+    completions = sample_answers(
+        base.model,
+        base.tokenizer,
+        encoded,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
-        num_samples=settings.samples,
+        samples=settings.samples,
         seed=seed,
-        stop_token_ids=stop_token_ids(base.tokenizer),
+        precision=settings.precision,
+        progress=report,
     )
-    bf16 = sample_in_bf16(settings.precision, base.model.device.type, count_parameters(base.model))
-    completions = generate(base.model, base.tokenizer, encoded, params, bf16=bf16, progress=report)
     rewards = judge_completions(rewarder, prompts, encoded, completions)
     rows: list[dict[str, Any]] = [{"prompt": p.prompt, "answers": []} for p in prompts]
     for completion, reward in zip(completions, rewards, strict=True):

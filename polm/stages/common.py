@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +23,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from polm.config import Settings
 from polm.data.examples import Ledger
 from polm.data.fingerprint import fingerprint_path, fingerprint_trees
-from polm.data.packing import PackedTrees, pack_trees
+from polm.data.packing import PackedTrees, mix_seed, pack_trees
 from polm.data.readers import write_json
 from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
-from polm.engine.device import pick_device, set_threads, use_bf16
+from polm.engine.device import keep_freed_memory, pick_device, set_threads, use_bf16
 from polm.engine.fit import BatchSource, Part, fit
-from polm.errors import DataError, ModelError, StoreError, UserError
+from polm.errors import DataError, ModelError, RecipeError, StoreError, UserError
 from polm.models.actor_critic import ActorCritic
+from polm.models.adapters import (
+    adapter_parameters,
+    as_given,
+    attach_adapter,
+    find_adapter,
+    is_adapter_folder,
+    load_adapter,
+    locate_base,
+    merge_adapter,
+    save_adapter,
+)
 from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
+from polm.models.loading import model_folder as model_folder
+from polm.models.virtual import read_virtual
 from polm.recipe import PackedSettings, TrainSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
@@ -87,19 +101,26 @@ class Base:
 
     @property
     def max_positions(self) -> int:
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        """Positions that a text may have; virtual tokens take theirs away."""
+        virtual = read_virtual(self.model)
+        taken = virtual.num if virtual is not None else 0
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)) - taken
 
 
-def model_folder(source: str) -> str:
-    """A stage's artifact holds its model in `model/`; anything else is taken as it is."""
-    inner = Path(source) / "model"
-    return str(inner) if (inner / "config.json").is_file() else source
+def load_base(source: str, *, quantize: str | None = None, must_merge: bool = False) -> Base:
+    """Model and tokenizer from an artifact, a folder or a hub id.
 
-
-def load_base(source: str) -> Base:
-    """Model and tokenizer from an artifact, a folder or a hub id."""
+    An adapter comes merged into its base. Virtual tokens cannot be: they stay beside it, frozen, or with `must_merge`
+    are refused.
+    """
     name = model_folder(source)
-    base = Base(load_model(name, device=pick_device()), load_tokenizer(name), name)
+    if is_adapter_folder(name):
+        base = _load_adapted(name, trained=False)
+        adapter = find_adapter(base.model)
+        if adapter is not None and (adapter.merges or must_merge):
+            merge_adapter(base.model)
+    else:
+        base = Base(load_model(name, device=pick_device(), quantize=quantize), load_tokenizer(name), name)
     rows = int(base.model.get_input_embeddings().weight.shape[0])
     if len(base.tokenizer) > rows:
         raise ModelError(
@@ -107,6 +128,93 @@ def load_base(source: str) -> Base:
             "they do not belong together"
         )
     return base
+
+
+def _load_adapted(folder: str, *, trained: bool) -> Base:
+    """An adapter on its base, which must be the one that it was trained on."""
+    place, fingerprint = locate_base(folder)
+    if fingerprint is not None and fingerprint_base(place) != fingerprint:
+        raise ModelError(
+            f"the base of the adapter {folder}, {place}, is not the one that it was trained on (fingerprint "
+            f"{fingerprint_base(place)[:12]}, expected {fingerprint[:12]}); put the former back, or train again"
+        )
+    model = load_adapter(load_model(place, device=pick_device()), folder, place, trained=trained)
+    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+    return Base(model, load_tokenizer(folder if has_tokenizer else place), folder)
+
+
+def fingerprint_base(source: str) -> str:
+    """What an adapter's base is: the content of its folder, or the hub id as it is."""
+    path = Path(source)
+    return fingerprint_path(path) if path.is_dir() else f"hub:{source}"
+
+
+def load_learner(context: Context, settings: TrainSettings) -> Base:
+    """The model that a stage trains: the input `base`, under the adapter of the settings where there is one.
+
+    A base that is itself an adapter is merged first, and the merged model becomes part of the artifact (`base/`): it
+    is the new adapter's base. `kind: continue` goes on training the old one instead.
+    """
+    source, wanted = context.inputs["base"], settings.adapter
+    folder = model_folder(source)
+    if wanted is None:
+        return load_base(source, must_merge=True)
+    if wanted.kind == "continue":
+        if not is_adapter_folder(folder):
+            raise RecipeError(f"adapter.kind: continue, but base={source} is no adapter; name a kind, such as lora")
+        return _load_adapted(folder, trained=True)
+    if is_adapter_folder(folder):
+        merged = load_base(source, must_merge=True)
+        save_model(merged.model, merged.tokenizer, context.workdir / "base")
+        context.say(f"{source} is an adapter: it was merged into its base, which now lies in {context.workdir}/base")
+        source = str(context.workdir / "base")
+    base = load_base(source, quantize=wanted.quantize)
+    text = base.tokenizer(wanted.init_text, add_special_tokens=False)["input_ids"] if wanted.init_text else []
+    if wanted.init_text and not text:
+        raise RecipeError(f"adapter.init_text {wanted.init_text!r} has no tokens")
+    attach_adapter(base.model, wanted, base.name, seed=mix_seed(settings.seed, 0), init_ids=text)
+    return base
+
+
+def refuse_adapter(settings: TrainSettings, stage: str) -> None:
+    """For stages that train a classifier, which adapters are not built for here."""
+    if settings.adapter is not None:
+        raise RecipeError(f"{stage}: adapter is for language models; leave it out, all weights are trained")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model that is only asked. With `given` it is the learner, asked as it was given to the stage."""
+
+    model: PreTrainedModel
+    given: bool = False
+
+    @contextmanager
+    def asked(self) -> Iterator[PreTrainedModel]:
+        """The model without gradients and dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                if self.given:
+                    with as_given(self.model) as model:
+                        yield model
+                else:
+                    yield self.model
+        finally:
+            self.model.train(was_training)
+
+
+def load_given(context: Context, learner: Base, role: str | None = None) -> Frozen:
+    """The input `role` where it is given, else the learner as the stage was given it: with an adapter the same
+    weights without it, otherwise a second copy."""
+    if role is not None and role in context.inputs:
+        other = load_base(context.inputs[role])
+        require_same_tokenizer(learner.tokenizer, other.tokenizer, learner.name, other.name)
+        return Frozen(other.model.eval())
+    if find_adapter(learner.model) is not None:
+        return Frozen(learner.model, given=True)
+    return Frozen(load_base(context.inputs["base"]).model.eval())
 
 
 def load_scalar_base(source: str, layout: Layout, *, num_labels: int, spread: float | None, seed: int) -> Base:
@@ -155,8 +263,8 @@ def train(
     critic: Base | None = None,
     parts: Sequence[Part] = (),
 ) -> StageResult:
-    """Fit, save an ordinary checkpoint to `model/`, and sum up. With `pair`, of `base` and `critic`, the critic is
-    trained too, and goes to `critic/`."""
+    """Fit, save an ordinary checkpoint (or the adapter) to `model/`, and sum up. With `pair`, of `base` and `critic`,
+    the critic is trained too, and goes to `critic/`."""
     result = fit(
         pair or base.model,
         source,
@@ -167,9 +275,9 @@ def train(
         report=context.report,
         parts=parts,
     )
-    save_model(base.model, base.tokenizer, context.workdir / "model")
     if critic is not None:
         save_model(critic.model, critic.tokenizer, context.workdir / "critic")
+    saved = save_learner(base, context.workdir / "model")
     remove_checkpoints(context.workdir)
     numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}
     summary = {
@@ -178,10 +286,23 @@ def train(
         "targets": result.targets,
         "parameters": count_parameters(base.model),
         "precision": "bf16" if use_bf16(settings.precision, base.model.device.type) else "fp32",
+        **saved,
         **{f"last/{name}": value for name, value in numbers.items()},
         **(more or {}),
     }
     return StageResult(summary, {**ledger, **result.counts})
+
+
+def save_learner(base: Base, folder: Path) -> dict[str, Any]:
+    """Write what was trained; what the summary says about it."""
+    adapter = find_adapter(base.model)
+    if adapter is None:
+        save_model(base.model, base.tokenizer, folder)
+        return {}
+    fingerprint = fingerprint_base(adapter.base)
+    save_adapter(base.model, base.tokenizer, folder, fingerprint)
+    trained = sum(p.numel() for p in adapter_parameters(base.model).values())
+    return {"trained_parameters": trained, "adapter": adapter.peft_type, "base_fingerprint": fingerprint}
 
 
 def train_on_trees(
@@ -235,8 +356,9 @@ def show_example(context: Context, tokenizer: PreTrainedTokenizerFast, tree: Tre
 
 
 def start_stage(settings: Any, context: Context) -> None:
-    """Fix what a stage's bits depend on: the number of threads."""
+    """Fix what a stage's bits depend on, the number of threads; and set up the allocator."""
     set_threads(settings.threads)
+    keep_freed_memory()
     context.workdir.mkdir(parents=True, exist_ok=True)
 
 
@@ -275,14 +397,15 @@ def cached_annotation(
     written = folder / "fingerprint.json"
     if written.is_file() and json.loads(written.read_text()) == wanted:
         return load_annotation(folder, reference.tokenizer, trees, top_k)
-    annotation = annotate_trees(
-        reference.model,
-        trees,
-        bin_tokens=bin_tokens,
-        top_k=top_k,
-        bf16=use_bf16(precision, reference.model.device.type),
-        report=lambda done, total: context.report({"update": done, "num_updates": total, "what": "annotate"}),
-    )
+    with as_given(reference.model) as model:
+        annotation = annotate_trees(
+            model,
+            trees,
+            bin_tokens=bin_tokens,
+            top_k=top_k,
+            bf16=use_bf16(precision, model.device.type),
+            report=lambda done, total: context.report({"update": done, "num_updates": total, "what": "annotate"}),
+        )
     save_annotation(folder, annotation, wanted)
     return annotation
 

@@ -11,10 +11,12 @@ from typing import Any
 from polm.data.benchmarks import BenchmarkItem, parse_plain_number, read_benchmark_folder
 from polm.data.build import build_files_dataset
 from polm.data.readers import (
+    has_answers,
     iterate_conversations,
     iterate_documents,
     iterate_feedback,
     iterate_preferences,
+    read_any_prompts,
     read_prompts,
     read_stepwise,
 )
@@ -22,7 +24,7 @@ from polm.data.records import Prompt
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
 from polm.errors import DataError
-from polm.recipe import DataStage, DemoData, FilesData, FolderData, WordProblemsData
+from polm.recipe_data import DataStage, DemoData, FilesData, FolderData, WordProblemsData
 from polm.rewards.verify import VERIFIERS
 from polm.stages.common import Context, Stage, StageResult
 
@@ -33,7 +35,7 @@ READERS: dict[str, Callable[[Path], Iterable[object]]] = {
     "preferences.jsonl": iterate_preferences,
     "feedback.jsonl": iterate_feedback,
     "stepwise.jsonl": read_stepwise,
-    "prompts.jsonl": read_prompts,
+    "prompts.jsonl": read_any_prompts,
 }
 
 
@@ -80,8 +82,8 @@ def check_verifiers(path: Path, items: Iterable[Prompt | BenchmarkItem]) -> None
 
 
 def check_questions(folder: Path) -> None:
-    """`check_verifiers` for everything in a data set folder that is answered."""
-    if (folder / "prompts.jsonl").is_file():
+    """`check_verifiers` for everything in a data set folder that has an answer."""
+    if (folder / "prompts.jsonl").is_file() and has_answers(folder / "prompts.jsonl"):
         check_verifiers(folder / "prompts.jsonl", read_prompts(folder / "prompts.jsonl"))
     if (folder / "benchmarks").is_dir():
         for name, items in read_benchmark_folder(folder / "benchmarks").items():

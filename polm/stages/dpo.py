@@ -20,7 +20,7 @@ from polm.stages.common import (
     attach_annotation,
     cached_annotation,
     input_file,
-    load_base,
+    load_learner,
     new_ledger,
     reference_scores,
     start_stage,
@@ -37,7 +37,7 @@ def run(settings: DPOSettings, context: Context) -> StageResult:
     start_stage(settings, context)
     objective = build_preference(settings.loss, _collect_knobs(settings))
     _check_reference(settings, context, needed="ref_logprobs" in objective.reads)
-    base = load_base(context.inputs["base"])
+    base = load_learner(context, settings)
     ledger = new_ledger()
     trees = _build_trees(settings, context, base, ledger)
     if "ref_logprobs" in objective.reads:

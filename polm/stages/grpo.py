@@ -14,7 +14,7 @@ from polm.rollout.generate import Completion
 from polm.signals.advantages import compute_group_advantages
 from polm.stages.common import Context, Stage, StageResult
 from polm.stages.rollout_source import Credit, RolloutTokens, train_on_rollouts
-from polm.stages.rollouts import Judged, Rollout, collect_rewards
+from polm.stages.rollouts import REWARD_INPUTS, Judged, Rollout, collect_rewards
 from polm.tokens import Array
 
 
@@ -65,7 +65,7 @@ STAGE = Stage(
     GRPOSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model"),
+    optional_inputs=("reference", *REWARD_INPUTS),
     version=2,
     summary="reinforcement learning with verifiable rewards",
 )

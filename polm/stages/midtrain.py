@@ -22,7 +22,7 @@ from polm.stages.common import (
     cached_annotation,
     free_memory,
     input_file,
-    load_base,
+    load_learner,
     new_ledger,
     reference_scores,
     start_stage,
@@ -67,7 +67,7 @@ def run(settings: MidtrainSettings, context: Context) -> StageResult:
             "a reference is given, and weighting ntp reads none: set weighting=remit (or rho1, distill, plausible, "
             "shuffled), or leave reference out"
         )
-    base = load_base(context.inputs["base"])
+    base = load_learner(context, settings)
     ledger = new_ledger()
     trees = build_document_trees(
         base.tokenizer,

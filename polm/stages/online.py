@@ -9,7 +9,6 @@ Shape suffix: R completions of a rollout.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +20,32 @@ from polm.data.packing import mix_seed
 from polm.objectives.online import build_nash_md, build_xpo
 from polm.objectives.preference import Knobs, build_preference
 from polm.recipe_online import OnlineSettings
+from polm.rewards.base import Rewarder
+from polm.rewards.rank import compute_preference, reward_by_rank
 from polm.rollout.generate import Completion, Mixture
-from polm.stages.common import Context, Stage, StageResult, load_base, new_ledger, start_stage, train
+from polm.stages.common import (
+    Base,
+    Context,
+    Frozen,
+    Stage,
+    StageResult,
+    load_base,
+    load_given,
+    load_learner,
+    new_ledger,
+    start_stage,
+    train,
+)
 from polm.stages.rollout_source import add_scores, collate_bins
-from polm.stages.rollouts import Rollout, Sampler, build_sampler, judge_completions, summarise
+from polm.stages.rollouts import (
+    REWARD_INPUTS,
+    Rollout,
+    Sampler,
+    build_sampler,
+    judge_completions,
+    load_judge,
+    summarise,
+)
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Objective, Step, Tree, build_completions
 
@@ -45,7 +66,7 @@ class OnlineSource:
     """Batches of fresh preferences; update u is a pure function of (seed, u, weights), if the rewarder is one."""
 
     sampler: Sampler[OnlineSettings]
-    reference: PreTrainedModel
+    reference: Frozen
 
     @property
     def num_updates(self) -> int:
@@ -76,13 +97,18 @@ class OnlineSource:
         prompts, encoded = [sampler.prompts[i] for i in chosen], [sampler.encoded[i] for i in chosen]
         num_own = settings.samples if settings.method == "dpo" else settings.samples // 2
         draw = partial(sampler.draw, encoded, num_samples=num_own, temperature=settings.temperature)
-        mixture = Mixture(self.reference, settings.mixture) if settings.mixture else None
+        mixture = Mixture(self.reference.model, settings.mixture) if settings.mixture else None
         seeds = mix_seed(settings.seed, update), mix_seed(settings.seed, update, OTHER)
         if settings.method == "dpo":
             completions = draw(model, seed=seeds[0], mixture=mixture)
         else:
-            rival = partial(draw, self.reference) if settings.method == "xpo" else partial(draw, model, mixture=mixture)
-            completions = merge_completions(draw(model, seed=seeds[0]), rival(seed=seeds[1]), num_own)
+            own = draw(model, seed=seeds[0])
+            if settings.method == "xpo":
+                with self.reference.asked() as reference:
+                    others = draw(reference, seed=seeds[1])
+            else:
+                others = draw(model, seed=seeds[1], mixture=mixture)
+            completions = merge_completions(own, others, num_own)
         rewards = judge_completions(sampler.rewarder, prompts, encoded, completions)
         return Rollout(update, prompts, encoded, completions, rewards), num_own
 
@@ -112,7 +138,10 @@ def find_matches(rollout: Rollout, num_own: int, settings: OnlineSettings) -> tu
         difference = _value(rollout, first) - _value(rollout, second)
         counts["ties"] += difference == 0
         if difference != 0 or keeps_ties:
-            preference = compute_preference(difference, settings.preference_temperature or 0.0)
+            if settings.compare == "judge":  # the rewards are the preference and what it leaves
+                preference = (1.0 + difference) / 2.0
+            else:
+                preference = compute_preference(difference, settings.preference_temperature or 0.0)
             matches.append(Match(first, second, preference))
     return matches, counts
 
@@ -144,16 +173,6 @@ def _value(rollout: Rollout, index: int) -> float:
     value = rollout.rewards[index].value
     assert value is not None
     return value
-
-
-def compute_preference(difference: float, temperature: float) -> float:
-    """Probability that the first of two answers is better, from the difference of their rewards.
-
-    sigmoid(difference / temperature), the model of Bradley and Terry (1952); at temperature 0 the higher reward wins.
-    """
-    if temperature == 0.0:
-        return 0.5 if difference == 0 else float(difference > 0)
-    return 1.0 / (1.0 + math.exp(-max(-700.0, min(700.0, difference / temperature))))
 
 
 def build_pair_trees(rollout: Rollout, num_own: int, matches: Sequence[Match]) -> list[Tree]:
@@ -219,14 +238,32 @@ def build_objective(settings: OnlineSettings) -> Objective:
     return build_xpo(loss, knobs, settings.alpha or 0.0) if settings.method == "xpo" else build_preference(loss, knobs)
 
 
+def load_comparer(settings: OnlineSettings, context: Context) -> Rewarder | None:
+    """The judge that compares answers two by two, where the settings say so: the answers that meet later."""
+    if settings.compare == "rewards":
+        return None
+    judge = load_judge(settings, context)
+    assert judge is not None
+    return reward_by_rank(judge.rank, settings.samples)
+
+
+def load_reference(settings: OnlineSettings, context: Context, base: Base) -> Frozen:
+    """The input `reference`, or the base as it is given. A mixture asks it beside the learner in one call, so there it
+    is a copy of its own also where the learner is an adapter on it."""
+    if not settings.mixture:
+        return load_given(context, base, "reference")
+    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
+    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
+    return Frozen(reference.model.eval())
+
+
 def run(settings: OnlineSettings, context: Context) -> StageResult:
     """Train `base` on prompts.jsonl. The reference is `base` as it is given, or the input `reference`."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
-    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
-    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
+    base = load_learner(context, settings)
     ledger = new_ledger()
-    source = OnlineSource(build_sampler(settings, context, base, ledger, 1), reference.model.eval())
+    sampler = build_sampler(settings, context, base, ledger, 1, load_comparer(settings, context))
+    source = OnlineSource(sampler, load_reference(settings, context, base))
     temperature = score_temperature(settings)
     return train(context, base, source, build_objective(settings), settings, ledger, temperature=temperature)
 
@@ -237,6 +274,6 @@ STAGE = Stage(
     OnlineSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model"),
+    optional_inputs=("reference", *REWARD_INPUTS),
     summary="online preference optimisation (online DPO, XPO, Nash-MD)",
 )

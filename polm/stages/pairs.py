@@ -22,6 +22,7 @@ from polm.rewards.selection import (
 )
 from polm.stages.answers import choose_prompts, draw_answers, finish_answers
 from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
+from polm.stages.rollouts import REWARD_INPUTS
 
 PAIRS = 1  # which stage draws, where stages share a seed and a file of prompts
 
@@ -94,7 +95,7 @@ STAGE = Stage(
     PairsSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reward_model",),
+    optional_inputs=REWARD_INPUTS,
     version=2,
     summary="preference pairs from a model's own samples",
 )

@@ -21,7 +21,7 @@ from polm.stages.common import (
     Context,
     Stage,
     StageResult,
-    load_base,
+    load_learner,
     load_scalar_base,
     new_ledger,
     start_stage,
@@ -36,7 +36,7 @@ from polm.stages.rollout_source import (
     load_reference,
     load_start,
 )
-from polm.stages.rollouts import Rollout, build_sampler, collect_rewards
+from polm.stages.rollouts import REWARD_INPUTS, Rollout, build_sampler, collect_rewards
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Needs, Step, TokenBatch
 
@@ -107,7 +107,7 @@ def load_critic(settings: PPOSettings, context: Context, base: Base) -> Base:
 def run(settings: PPOSettings, context: Context) -> StageResult:
     """Train `base` on prompts.jsonl, and a critic beside it."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
+    base = load_learner(context, settings)
     critic = load_critic(settings, context, base)
     pair = ActorCritic(base.model, critic.model, settings.kl_beta)
     ledger = new_ledger()
@@ -117,7 +117,7 @@ def run(settings: PPOSettings, context: Context) -> StageResult:
         assign=lambda rollout, tokens, _greedy: assign(settings, pair, rollout, tokens),
         minibatches=settings.minibatches,
         reference=load_reference(settings, context, base),
-        start=load_start(settings, context),
+        start=load_start(settings, context, base),
         epochs=settings.epochs_per_rollout,
         score_values=lambda batch: score_values(settings, pair, batch),
     )
@@ -153,6 +153,6 @@ STAGE = Stage(
     PPOSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model", "critic"),
+    optional_inputs=("reference", *REWARD_INPUTS, "critic"),
     summary="reinforcement learning by PPO, with a critic",
 )

@@ -17,7 +17,7 @@ from polm.stages.common import (
     Stage,
     StageResult,
     input_file,
-    load_base,
+    load_learner,
     model_folder,
     new_ledger,
     start_stage,
@@ -29,7 +29,9 @@ def run(settings: PretrainSettings, context: Context) -> StageResult:
     """Train on pretrain.jsonl. With the input `base` it goes on from that model and `model` in the recipe is unused."""
     start_stage(settings, context)
     if "base" in context.inputs:
-        base = load_base(context.inputs["base"])
+        base = load_learner(context, settings)
+    elif settings.adapter is not None:
+        raise UserError("pretrain from random weights has nothing to adapt: give base=MODEL, or leave adapter out")
     elif "tokenizer" in context.inputs:
         base = build_new_base(settings, context.inputs["tokenizer"])
     else:

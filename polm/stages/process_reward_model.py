@@ -27,6 +27,7 @@ from polm.stages.common import (
     input_file,
     load_scalar_base,
     new_ledger,
+    refuse_adapter,
     start_stage,
     train_on_trees,
 )
@@ -40,6 +41,7 @@ def run(settings: ProcessRewardModelSettings, context: Context) -> StageResult:
     `holdout.jsonl` (a row an answer) and `holdout.json` (steps, first errors, calibration).
     """
     start_stage(settings, context)
+    refuse_adapter(settings, "process_reward_model")
     base = load_scalar_base(
         context.inputs["base"], "token", num_labels=2, spread=settings.head_spread, seed=settings.seed
     )

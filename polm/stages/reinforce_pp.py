@@ -17,7 +17,7 @@ from polm.stages.rollout_source import (
     build_token_rewards,
     train_on_rollouts,
 )
-from polm.stages.rollouts import Rollout, collect_rewards
+from polm.stages.rollouts import REWARD_INPUTS, Rollout, collect_rewards
 
 
 def assign(settings: ReinforcePPSettings, rollout: Rollout, tokens: RolloutTokens, _greedy: object) -> Credit:
@@ -53,6 +53,6 @@ STAGE = Stage(
     ReinforcePPSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model"),
+    optional_inputs=("reference", *REWARD_INPUTS),
     summary="reinforcement learning by REINFORCE++",
 )

@@ -12,8 +12,9 @@ from polm.rewards.base import UNJUDGED
 from polm.rewards.selection import Answer, choose_best, choose_top_share, drop_unfit
 from polm.stages.answers import choose_prompts, draw_answers, finish_answers
 from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
+from polm.stages.rollouts import REWARD_INPUTS
 
-REJECTION = 2  # which stage draws, where stages share a seed and a file of prompts
+REJECTION = 3  # which stage draws, where stages share a seed and a file of prompts
 
 
 def run(settings: RejectionSettings, context: Context) -> StageResult:
@@ -79,6 +80,6 @@ STAGE = Stage(
     RejectionSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reward_model",),
+    optional_inputs=REWARD_INPUTS,
     summary="a model's own best answers as SFT data (rejection sampling, RAFT)",
 )

@@ -18,7 +18,7 @@ from polm.stages.rollout_source import (
     build_token_rewards,
     train_on_rollouts,
 )
-from polm.stages.rollouts import Rollout, collect_rewards
+from polm.stages.rollouts import REWARD_INPUTS, Rollout, collect_rewards
 
 
 def assign(settings: ReMaxSettings, rollout: Rollout, tokens: RolloutTokens, decode: Callable[[], Rollout]) -> Credit:
@@ -59,6 +59,6 @@ STAGE = Stage(
     ReMaxSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model"),
+    optional_inputs=("reference", *REWARD_INPUTS),
     summary="reinforcement learning with the greedy answer as the baseline",
 )

@@ -30,6 +30,7 @@ from polm.stages.common import (
     input_file,
     load_scalar_base,
     new_ledger,
+    refuse_adapter,
     start_stage,
     train_on_trees,
 )
@@ -43,6 +44,7 @@ def run(settings: RewardModelSettings, context: Context) -> StageResult:
     `holdout.json` (accuracy, calibration with its table, length).
     """
     start_stage(settings, context)
+    refuse_adapter(settings, "reward_model")
     base = load_scalar_base(
         context.inputs["base"], "sequence", num_labels=1, spread=settings.head_spread, seed=settings.seed
     )

@@ -12,7 +12,7 @@ from polm.signals.advantages import compute_completion_sum, compute_leave_one_ou
 from polm.signals.kl import compute_kl_k1
 from polm.stages.common import Context, Stage, StageResult
 from polm.stages.rollout_source import Credit, RolloutTokens, describe_kl, train_on_rollouts
-from polm.stages.rollouts import Rollout, collect_rewards
+from polm.stages.rollouts import REWARD_INPUTS, Rollout, collect_rewards
 
 
 def assign(settings: RLOOSettings, rollout: Rollout, tokens: RolloutTokens, _greedy: object) -> Credit:
@@ -52,6 +52,6 @@ STAGE = Stage(
     RLOOSettings,
     run,
     inputs=("base", "data"),
-    optional_inputs=("reference", "reward_model"),
+    optional_inputs=("reference", *REWARD_INPUTS),
     summary="reinforcement learning with a leave-one-out baseline",
 )

@@ -24,9 +24,18 @@ from polm.errors import UserError
 from polm.recipe import RolloutSettings
 from polm.signals.advantages import compute_completion_sum, compute_token_rewards
 from polm.signals.kl import compute_kl_k1, compute_kl_k3
-from polm.stages.common import Base, Context, StageResult, load_base, new_ledger, start_stage, train
+from polm.stages.common import (
+    Base,
+    Context,
+    Frozen,
+    StageResult,
+    load_given,
+    load_learner,
+    new_ledger,
+    start_stage,
+    train,
+)
 from polm.stages.rollouts import Rollout, Sampler, build_rollout_trees, build_sampler, summarise
-from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Array, Objective, Step, TokenBatch, Tree, collate, tree_length
 
 
@@ -79,8 +88,8 @@ class RolloutSource:
     sampler: Sampler[RolloutSettings]
     assign: Assign
     minibatches: int
-    reference: PreTrainedModel | None = None
-    start: PreTrainedModel | None = None  # where the distance from the starting model is only measured
+    reference: Frozen | None = None
+    start: Frozen | None = None  # where the distance from the starting model is only measured
     epochs: int = 1
     score_values: Scorer | None = None
     _minibatches: list[list[TokenBatch]] = field(default_factory=list)
@@ -123,22 +132,21 @@ class RolloutSource:
         """Micro-batches of at most `bin_tokens`, with the scores that the stage and its objective will read."""
         batches = collate_bins(trees, self.sampler.settings.bin_tokens)
         if self.updates_per_rollout > 1:  # with one update, the loss's own scores are those before it
-            batches = [self._with_scores(batch, model, "old_logprobs") for batch in batches]
+            batches = [self._with_scores(batch, Frozen(model), "old_logprobs") for batch in batches]
         if self.reference is not None:
             batches = [self._with_scores(batch, self.reference, "ref_logprobs") for batch in batches]
         if self.score_values is not None:
             batches = [add_stream(batch, "old_values", self.score_values(batch)) for batch in batches]
         return batches
 
-    @torch.no_grad()
-    def _measure_kl(self, trees: Sequence[Tree], start: PreTrainedModel) -> float:
+    def _measure_kl(self, trees: Sequence[Tree], start: Frozen) -> float:
         """KL(policy || start) over the samples of `trees`, nats a token, from the sampler's own log-probabilities."""
         batch = self._with_scores(collate(trees), start, "start_logprobs")
         return float(compute_kl_k3(batch.at_targets("sampler_logprobs"), batch.at_targets("start_logprobs")).mean())
 
-    def _with_scores(self, batch: TokenBatch, model: PreTrainedModel, name: str) -> TokenBatch:
+    def _with_scores(self, batch: TokenBatch, frozen: Frozen, name: str) -> TokenBatch:
         settings = self.sampler.settings
-        return add_scores(batch, name, model, settings.precision, settings.temperature)
+        return add_scores(batch, name, frozen, settings.precision, settings.temperature)
 
 
 def collate_bins(trees: Sequence[Tree], bin_tokens: int) -> list[TokenBatch]:
@@ -150,11 +158,12 @@ def collate_bins(trees: Sequence[Tree], bin_tokens: int) -> list[TokenBatch]:
     return [collate(trees[i] for i in part) for part in pack_best_fit(lengths, capacity, range(len(trees)))]
 
 
-@torch.no_grad()
-def add_scores(batch: TokenBatch, name: str, model: PreTrainedModel, precision: str, temperature: float) -> TokenBatch:
-    """The batch with the log-probabilities of `model` at its targets, as the stream `name`."""
-    bf16 = use_bf16(precision, model.device.type)
-    return add_stream(batch, name, score(model, batch.to(model.device), temperature=temperature, bf16=bf16).logprobs_N)
+def add_scores(batch: TokenBatch, name: str, frozen: Frozen, precision: str, temperature: float) -> TokenBatch:
+    """The batch with the log-probabilities of a model at its targets, as the stream `name`."""
+    with frozen.asked() as model:
+        bf16 = use_bf16(precision, model.device.type)
+        scores = score(model, batch.to(model.device), temperature=temperature, bf16=bf16)
+    return add_stream(batch, name, scores.logprobs_N)
 
 
 def add_stream(batch: TokenBatch, name: str, values_N: Tensor) -> TokenBatch:
@@ -230,19 +239,19 @@ def train_on_rollouts(
 ) -> StageResult:
     """Train `base` on prompts.jsonl, each rollout once in `minibatches` updates."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
+    base = load_learner(context, settings)
     ledger = new_ledger()
     source = RolloutSource(
         sampler=build_sampler(settings, context, base, ledger, minibatches),
         assign=assign,
         minibatches=minibatches,
         reference=load_reference(settings, context, base),
-        start=load_start(settings, context),
+        start=load_start(settings, context, base),
     )
     return train(context, base, source, objective, settings, ledger, temperature=settings.temperature)
 
 
-def load_reference(settings: RolloutSettings, context: Context, base: Base) -> PreTrainedModel | None:
+def load_reference(settings: RolloutSettings, context: Context, base: Base) -> Frozen | None:
     """The model that the KL penalty pulls to: the input `reference`, or the base as it is given."""
     if settings.kl_beta == 0:
         if "reference" in context.inputs:
@@ -250,12 +259,10 @@ def load_reference(settings: RolloutSettings, context: Context, base: Base) -> P
                 "a reference is given, but kl_beta is 0 and nothing would read it; set kl_beta, or leave it out"
             )
         return None
-    reference = load_base(context.inputs.get("reference", context.inputs["base"]))
-    require_same_tokenizer(base.tokenizer, reference.tokenizer, base.name, reference.name)
-    return reference.model.eval()
+    return load_given(context, base, "reference")
 
 
-def load_start(settings: RolloutSettings, context: Context) -> PreTrainedModel | None:
+def load_start(settings: RolloutSettings, context: Context, base: Base) -> Frozen | None:
     """The model as it was given, where the loss has no KL penalty that would log the distance from it."""
     is_measured = settings.kl_groups > 0 and settings.kl_beta == 0
-    return load_base(context.inputs["base"]).model.eval() if is_measured else None
+    return load_given(context, base) if is_measured else None

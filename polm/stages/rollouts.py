@@ -23,20 +23,24 @@ from polm.data.examples import Ledger
 from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import Prompt, read_prompts
 from polm.engine.checkpoint import list_checkpoints
-from polm.engine.device import pick_device, sample_in_bf16, use_bf16
+from polm.engine.device import pick_device, use_bf16
 from polm.engine.fit import MetricsLog
 from polm.errors import DataError, RecipeError
 from polm.models.heads import read_layout
-from polm.models.loading import count_parameters
 from polm.recipe import AnswerSettings, SamplingSettings
+from polm.recipe_judge import BESIDE
 from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem
+from polm.rewards.judge import Judge, build_judge_rewarder
+from polm.rewards.open_backend import open_backend
 from polm.rewards.reward_model import load_process_reward_model, load_reward_model
 from polm.rewards.sources import build_rewarder
-from polm.rollout.generate import Completion, Mixture, SamplingParams, generate
+from polm.rollout.answers import sample_answers
+from polm.rollout.generate import Completion, Mixture
 from polm.stages.common import Base, Context, input_file, model_folder
-from polm.text.chat import render_prompt, stop_token_ids
+from polm.text.chat import render_prompt
 from polm.tokens import Array, Tree, build_completions
 
+REWARD_INPUTS = ("judge", "reward_model")  # optional inputs of every stage that learns from rewards
 EDGE_GROUPS = 4  # groups of the first and of the last rollout that samples.jsonl keeps
 NOTED_PROBLEMS = 20  # unjudged answers of a rollout that problems.jsonl keeps
 
@@ -118,17 +122,20 @@ class Sampler(Generic[SettingsT]):
         mixture: Mixture | None = None,
     ) -> list[Completion]:
         """Answers to encoded prompts, by the settings where nothing else is given."""
-        params = SamplingParams(
-            max_new_tokens=self.settings.max_new_tokens,
+        s = self.settings
+        return sample_answers(
+            model,
+            self.base.tokenizer,
+            encoded,
+            max_new_tokens=s.max_new_tokens,
             temperature=temperature,
-            top_p=self.settings.top_p,
-            top_k=self.settings.top_k,
-            num_samples=num_samples,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            samples=num_samples,
             seed=seed,
-            stop_token_ids=stop_token_ids(self.base.tokenizer),
+            precision=s.precision,
+            mixture=mixture,
         )
-        bf16 = sample_in_bf16(self.settings.precision, model.device.type, count_parameters(model))
-        return generate(model, self.base.tokenizer, encoded, params, bf16=bf16, mixture=mixture)
 
     def log(self, rollout: Rollout, more: Mapping[str, Array]) -> None:
         """Whole groups into samples.jsonl, for people to read: some of the first and of the last rollout, one of each
@@ -163,9 +170,14 @@ class Sampler(Generic[SettingsT]):
 
 
 def build_sampler(
-    settings: SettingsT, context: Context, base: Base, ledger: Ledger, updates_per_rollout: int
+    settings: SettingsT,
+    context: Context,
+    base: Base,
+    ledger: Ledger,
+    updates_per_rollout: int,
+    rewarder: Rewarder | None = None,
 ) -> Sampler[SettingsT]:
-    """The sampler over prompts.jsonl of the input `data`, judged as the settings say.
+    """The sampler over prompts.jsonl of the input `data`, judged by `rewarder`, else as the settings say.
 
     Answers and verifiers are asked of the prompts where the verifier is a source of the reward.
     """
@@ -180,7 +192,7 @@ def build_sampler(
         prompts=prompts,
         encoded=encoded,
         settings=settings,
-        rewarder=load_rewarder(settings, context, base),
+        rewarder=rewarder or load_rewarder(settings, context, base),
         num_updates=num_updates,
         updates_per_rollout=updates_per_rollout,
         workdir=context.workdir,
@@ -191,24 +203,48 @@ def build_sampler(
 
 
 def load_rewarder(settings: SamplingSettings | AnswerSettings, context: Context, base: Base) -> Rewarder:
-    """What judges the answers; `reward: model` reads the input `reward_model`, a reward model or one of steps.
+    """What judges the answers. `reward: model` reads the input `reward_model`, a reward model or one of steps;
+    `reward: judge` reads the input `judge`, or asks a server.
 
     RecipeError where the setting and the input do not go together.
     """
+    built: dict[str, Rewarder] = {}
     given = context.inputs.get("reward_model")
     if ("model" in settings.reward) != (given is not None):
         raise RecipeError(
             f"reward is {', '.join(settings.reward)} and the input reward_model is {given or 'not given'}: "
             "`reward: model` and reward_model=FOLDER go together"
         )
-    if given is None:
-        return build_rewarder(settings)
-    name = model_folder(given)
-    device = pick_device()
-    more: dict[str, Any] = {"device": device, "bf16": use_bf16(settings.precision, device)}
-    if read_layout(name) == "token":
-        return build_rewarder(settings, {"model": load_process_reward_model(name, **more)})
-    return build_rewarder(settings, {"model": load_reward_model(name, base.tokenizer, **more)})
+    if given is not None:
+        name = model_folder(given)
+        device = pick_device()
+        more: dict[str, Any] = {"device": device, "bf16": use_bf16(settings.precision, device)}
+        is_of_steps = read_layout(name) == "token"
+        built["model"] = (
+            load_process_reward_model(name, **more) if is_of_steps else load_reward_model(name, base.tokenizer, **more)
+        )
+    judge = load_judge(settings, context)
+    if judge is not None:
+        built["judge"] = build_judge_rewarder(judge.settings, judge.backend)
+    return build_rewarder(settings, built)
+
+
+def load_judge(settings: SamplingSettings | AnswerSettings, context: Context) -> Judge | None:
+    """The judge that the settings name. A server's replies are kept beside the artifact: a killed run goes on to the
+    same bits, and asks nothing twice. A local judge says the same again."""
+    source = context.inputs.get("judge")
+    if settings.judging is None:
+        if source is not None:
+            raise RecipeError(f"judge={source} is given, and reward {list(settings.reward)} has no judge; leave it out")
+        return None
+    backend = open_backend(
+        settings.judging.endpoint,
+        source,
+        role="judge",
+        precision=settings.precision,
+        replies=context.workdir.parent / BESIDE if settings.judging.endpoint is not None else None,
+    )
+    return Judge(settings.judging, backend)
 
 
 def judge_completions(

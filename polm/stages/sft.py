@@ -14,7 +14,7 @@ from polm.stages.common import (
     Stage,
     StageResult,
     input_file,
-    load_base,
+    load_learner,
     new_ledger,
     start_stage,
     train_on_trees,
@@ -26,7 +26,7 @@ from polm.tokens import Objective
 def run(settings: SFTSettings, context: Context) -> StageResult:
     """Fine-tune `base` on sft.jsonl."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
+    base = load_learner(context, settings)
     if settings.chat_template is not None:
         apply_template(base.tokenizer, settings.chat_template)
     ledger = new_ledger()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from polm.stages import (
     annotate,
+    constitution,
     data,
     dpo,
     eval,
     grpo,
+    judge,
+    merge_adapter,
     microscope,
     midtrain,
     online,
@@ -35,6 +38,8 @@ STAGES: dict[str, Stage] = {
     "sft": sft.STAGE,
     "rejection": rejection.STAGE,
     "pairs": pairs.STAGE,
+    "judge": judge.STAGE,
+    "constitution": constitution.STAGE,
     "dpo": dpo.STAGE,
     "online": online.STAGE,
     "reward_model": reward_model.STAGE,
@@ -44,5 +49,6 @@ STAGES: dict[str, Stage] = {
     "reinforce_pp": reinforce_pp.STAGE,
     "remax": remax.STAGE,
     "ppo": ppo.STAGE,
+    "merge_adapter": merge_adapter.STAGE,
     "eval": eval.STAGE,
 }

@@ -24,6 +24,7 @@ from polm.evals.claims import build_claim, write_claims
 from polm.flywheel import runner
 from polm.flywheel.graph import build_graph
 from polm.flywheel.store import lock, read_manifest
+from polm.models.loading import save_model
 from polm.recipe import Recipe
 from polm.stages.table import STAGES
 
@@ -529,3 +530,51 @@ def test_an_error_that_quotes_data_cannot_drive_the_terminal(polm: Cli, tmp_path
     assert "sft.jsonl:1" in done.err
     assert "\x1b[31m" not in done.err
     assert "\u202e" not in done.err
+
+
+# ---- judges --------------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_on_a_server(polm: Cli, chat_server: Any, tmp_path: Path) -> None:
+    server = chat_server(
+        lambda body, _: f"[[{'BA'['<answer_a>' + chr(10) + 'good' in body['messages'][0]['content']]}]]"
+    )
+    write(tmp_path / "pairs.jsonl", *({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(3)))
+    words = ["judging.verdict=text", f"judging.endpoint.url={server.url}", "judging.endpoint.model=m"]
+    done = polm("judge", "data=pairs.jsonl", "out=out/labels", *words)
+    assert done.code == 0, done.err
+    assert "3 pairs, agreement 100.0%" in done.out
+    assert "ledger: pairs 3, equal 0, preferred 3" in done.out
+    assert len(list((tmp_path / "out" / ".replies").rglob("*.json"))) == 6
+    done = polm("judge", "data=pairs.jsonl", "out=out/other", *words, "judging.endpoint.api_key_env=NO_SUCH_KEY")
+    assert done.code == 2
+    assert "the environment variable NO_SUCH_KEY is not set" in done.err
+    done = polm("judge", "data=pairs.jsonl", "out=out/other", "judging.orders=both")
+    assert "judging.orders: found 'both'" in done.err
+
+
+@pytest.mark.usefixtures("inline")
+def test_self_rewarding_by_words(polm: Cli, build_tiny: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+    save_model(build_tiny(len(byte_tokenizer), max_positions=128), byte_tokenizer, tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "prompts.jsonl", *({"prompt": f"say {letter}"} for letter in "abcdef"))
+    judge = {"verdict": "logprobs", "score_prompt": "{question}|{answer}|"}
+    words = ["base=model", "data.path=in", "iterations=1", "judge.num_prompts=4", "judge.max_new_tokens=6"]
+    words += [f"judge.judging={json.dumps(judge)}", "dpo.epochs=null", "dpo.updates=1", "dpo.bin_tokens=256"]
+    done = polm("run", "self_rewarding", *words, "--dry-run")
+    assert done.code == 0, done.err
+    assert "self_rewarding: 3 stages" in done.out
+    done = polm("run", "self_rewarding", *words)
+    assert done.code == 0, done.err
+    assert "s0/c1/self/dpo" in done.out
+    assert "mean grade" in done.out
+    assert "agreement" not in done.out  # a column that would say nothing
+    # What the judge said stays when artifacts of earlier settings go.
+    assert polm("run", "self_rewarding", *words, "dpo.updates=2").code == 0
+    assert polm("runs", "rm", "self_rewarding", "--stale", "--yes").code == 0
+    store = tmp_path / "runs" / "self_rewarding" / "store"
+    assert len(list(store.glob("dpo-*"))) == 1
+    assert list((store / ".replies").rglob("*.json"))
+    assert "missing" not in polm("report", "runs/self_rewarding").err
+    done = polm("run", "self_rewarding", *words, "judge.mode=relabel")
+    assert "judge.mode must be sample" in done.err

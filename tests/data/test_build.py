@@ -11,7 +11,7 @@ import pytest
 from polm.data.build import ROLES, build_files_dataset
 from polm.data.readers import write_jsonl
 from polm.errors import DataError
-from polm.recipe import FilesData, FileSource, MixedSource
+from polm.recipe_data import FilesData, FileSource, MixedSource
 
 QUESTION = "how many eggs do sixteen ducks lay in a week if each lays two a day ?"
 

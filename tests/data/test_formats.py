@@ -25,7 +25,7 @@ from polm.data.records import (
     build_row,
 )
 from polm.errors import DataError
-from polm.recipe import FilesData
+from polm.recipe_data import FilesData
 
 REAL_DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 

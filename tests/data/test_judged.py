@@ -17,7 +17,7 @@ from polm.data.readers import read_preferences, read_stepwise, write_json, write
 from polm.data.records import Preference, Stepwise, build_row
 from polm.data.steps import build_step_trees, encode_separator, encode_steps, split_steps
 from polm.errors import DataError, UserError
-from polm.recipe import FilesData, MixedSource
+from polm.recipe_data import FilesData, MixedSource
 
 ASK = [{"role": "user", "content": "add 1 and 2 ."}]
 CONTEXT: dict[str, Any] = {"context": 64, "too_long": "error"}

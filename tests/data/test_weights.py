@@ -18,7 +18,7 @@ from polm.data.packing import pack_trees
 from polm.data.readers import read_conversations, read_weighted_documents
 from polm.errors import DataError
 from polm.objectives.ntp import build_ntp
-from polm.recipe import FilesData, MixedSource
+from polm.recipe_data import FilesData, MixedSource
 from polm.tokens import Scores, TokenBatch, Tree
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *"abcdefghij"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,3 +67,27 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bf16_is_chosen_where_it_is_faster(vendor: str, flags: set[str], fast: bool) -> None:
     assert device.is_bf16_fast(vendor, flags) is fast
+
+
+FAULTS = """
+import resource, torch
+from polm.engine.device import keep_freed_memory
+if {kept}:
+    assert keep_freed_memory()
+def count():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sum(count() for _ in range(40)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this allocator")
+def test_freed_memory_is_used_again() -> None:
+    """32 MB asked for again and again: without the setting the kernel maps each page of it anew."""
+    counts = [
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=kept)], capture_output=True, check=True).stdout)
+        for kept in (True, False)
+    ]
+    # Not each block fits into what the last one left, as blocks are aligned: the heap grows a few times.
+    assert counts[0] < counts[1] / 2

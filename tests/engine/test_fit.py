@@ -19,7 +19,8 @@ from polm.data.packing import PackedTrees, pack_trees
 from polm.engine import fit as loop
 from polm.engine.checkpoint import list_checkpoints
 from polm.engine.fit import FitResult, MetricsLog, fit
-from polm.errors import NonFiniteError, StoreError
+from polm.engine.score import score
+from polm.errors import ModelError, NonFiniteError, StoreError
 from polm.models.loading import prepare_model
 from polm.objectives.ntp import build_ntp
 from polm.objectives.remit import build_remit
@@ -377,3 +378,33 @@ def test_remit_without_eps_is_next_token_prediction_to_the_bit(build_tiny: Build
     assert not any(torch.equal(results["ntp"][key], results["weighted"][key]) for key in results["ntp"])
     losses = [[line["loss"] for line in read_lines(tmp_path / name)] for name in ("ntp", "remit")]
     assert losses[0] == losses[1]
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else(build_tiny: Build, tmp_path: Path) -> None:
+    """The same bits; and fewer numbers are held between the forward and the backward pass."""
+    held: dict[bool, int] = {}
+    results = {}
+    for enabled in (False, True):
+        settings = build_settings(activation_checkpointing=enabled, updates=3)
+        results[enabled] = train(build_tiny, tmp_path / str(enabled), settings)
+        model = build_tiny()
+        loop.set_activation_checkpointing(model, enabled)
+        batch = build_source(settings).step(0).batches[0]
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            score(model, batch)
+        held[enabled] = sum(sizes)
+    assert all(torch.equal(results[True][name], results[False][name]) for name in results[True])
+    assert held[True] < held[False] / 2
+
+
+def test_activation_checkpointing_is_refused_where_there_is_none(build_tiny: Build) -> None:
+    model = build_tiny()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(ModelError, match=r"qwen3 does not support it.*false"):
+        loop.set_activation_checkpointing(model, True)

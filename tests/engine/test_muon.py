@@ -42,6 +42,17 @@ def test_singular_values_follow_the_quintic(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(mine.double(), iterate(matrix), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(12, 60), (60, 12)])
+def test_singular_values_near_zero_on_the_small_side(shape: tuple[int, int]) -> None:
+    """Of a matrix of rank 3 with a little noise: the iteration on the small side squares the singular values."""
+    generator = torch.Generator().manual_seed(2)
+    low = torch.randn(shape[0], 3, generator=generator) @ torch.randn(3, shape[1], generator=generator)
+    matrix = low + 1e-4 * torch.randn(shape, generator=generator)
+    got = compute_orthogonal(matrix[None], bf16=False)[0].double()
+    expected = iterate(matrix)
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_a_zero_gradient_stays_zero() -> None:
     assert compute_orthogonal(torch.zeros(1, 4, 4), bf16=False).abs().max() == 0
 

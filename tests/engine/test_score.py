@@ -32,11 +32,13 @@ def compute_dense(
 @pytest.mark.parametrize("num_candidates", [0, 3])
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize(("rows", "kept"), [(1, 4), (3, 0), (3, 100), (100, 0), (100, 100)])
 def test_the_chunked_head_is_a_dense_log_softmax(
-    monkeypatch: pytest.MonkeyPatch, rows: int, temperature: float, cap: float | None, num_candidates: int
+    monkeypatch: pytest.MonkeyPatch, rows: int, kept: int, temperature: float, cap: float | None, num_candidates: int
 ) -> None:
+    """However many rows a chunk has, and for however many of them the distribution is kept."""
     monkeypatch.setattr(engine, "MAX_LOGITS", rows * VOCAB)
+    monkeypatch.setattr(engine, "KEPT_LOGITS", kept * VOCAB)
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(NUM_TARGETS, WIDTH, generator=generator, requires_grad=True)
     weight = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
@@ -48,7 +50,7 @@ def test_the_chunked_head_is_a_dense_log_softmax(
     for with_entropy in (True, False):
         pulls = pull_N if with_entropy else torch.zeros(NUM_TARGETS)
         logprobs, entropy = engine._ChunkedHead.apply(
-            hidden, weight, ids, temperature, cap, with_entropy, torch.float32
+            hidden, weight, ids, temperature, cap, with_entropy, torch.float32, True
         )
         total = (pull_NK * logprobs).sum() + ((pulls * entropy).sum() if with_entropy else 0.0)
         got = (logprobs, *torch.autograd.grad(total, (hidden, weight)))
@@ -158,8 +160,10 @@ def test_top_k_is_that_of_the_full_softmax(
 
 
 def test_no_full_logits_are_made(build_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only targets reach the head, and never more of them at once than the limit allows."""
+    """Only targets reach the head, never more of them at once than the limit allows, and what is kept of them for the
+    backward pass, which else computes them again, is limited too."""
     monkeypatch.setattr(engine, "MAX_LOGITS", 4 * 40)
+    monkeypatch.setattr(engine, "KEPT_LOGITS", 9 * 40)
     sizes: list[int] = []
     real = engine._chunk_logits
 
@@ -171,7 +175,8 @@ def test_no_full_logits_are_made(build_tiny: Callable[..., PreTrainedModel], mon
     batch, _ = build_batch()
     score(build_tiny(), batch).logprobs_N.sum().backward()
     assert max(sizes) == 4
-    assert sum(sizes) == 2 * batch.num_targets  # once forward, once backward
+    assert batch.num_targets > 9
+    assert sum(sizes) == 2 * batch.num_targets - 8  # once forward; once backward, but for the two chunks kept
     assert batch.num_targets < batch.num_tokens
 
 
@@ -220,3 +225,14 @@ def test_collisions(
     without = score(model, batch, temperature=temperature)
     assert without.collisions_N is None
     assert torch.equal(without.logprobs_N, scores.logprobs_N)
+
+
+def test_a_second_backward_pass_computes_again_what_the_first_gave_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_TARGETS, WIDTH, generator=generator, requires_grad=True)
+    weight = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
+    ids = torch.arange(NUM_TARGETS)[:, None] % VOCAB
+    logprobs, _ = engine._ChunkedHead.apply(hidden, weight, ids, 1.0, None, False, torch.float32, True)
+    first = torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -22,9 +22,8 @@ from polm.config import validate
 from polm.engine import checkpoint, fit
 from polm.errors import UserError
 from polm.flywheel import runner, store
-from polm.flywheel.graph import build_graph
+from polm.flywheel.kinds import build_any_graph, find_kind
 from polm.models import loading
-from polm.recipe import Recipe
 from polm.rewards import sources
 from polm.rewards.verify import Verdict
 from polm.stages import common, pairs
@@ -99,8 +98,8 @@ def make_empty_claim(folder: Path) -> None:
 
 
 def run_recipe() -> None:
-    recipe = validate(Recipe, ORDER["run"], "the test")
-    plan = runner.build_plan(recipe, build_graph(recipe), Path(ORDER["run_dir"]))
+    recipe = validate(find_kind(ORDER["run"], "the test"), ORDER["run"], "the test")
+    plan = runner.build_plan(recipe, build_any_graph(recipe), Path(ORDER["run_dir"]))
     if ORDER["fork"]:  # workers start at once; torch is here already
         real = multiprocessing.get_context
         runner.multiprocessing = types.SimpleNamespace(get_context=lambda _: real("fork"))  # type: ignore[assignment]

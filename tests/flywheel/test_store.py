@@ -26,7 +26,8 @@ from polm.flywheel.store import (
     lock,
     read_manifest,
 )
-from polm.recipe import DataStage, FolderData, MidtrainSettings, SFTSettings, TokenizerSettings
+from polm.recipe import MidtrainSettings, SFTSettings, TokenizerSettings
+from polm.recipe_data import DataStage, FolderData
 from polm.stages.common import Context, Stage, StageResult
 from polm.stages.table import STAGES
 

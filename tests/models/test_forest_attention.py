@@ -99,3 +99,45 @@ def test_bf16_stays_near_float32() -> None:
     model = prepare_model(build("llama"), "llama")
     batch = collate([build_document(np.arange(20))])
     assert (score(model, batch, bf16=True).logprobs_N - score(model, batch).logprobs_N).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(("name", "value"), [("KEPT_WEIGHTS", 0), ("KEPT_WEIGHTS", 3), ("QUERY_BLOCK", 5)])
+def test_what_is_kept_for_the_backward_pass_changes_nothing(
+    name: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are kept and weights that are computed again give the same bits; the blocks only other rounding."""
+    model = prepare_model(build("qwen3"), "qwen3")
+    rng = np.random.default_rng(3)
+    prompt, *children = (rng.integers(0, 97, n) for n in (9, 12, 5, 30))
+    batch = collate([build_document(rng.integers(0, 97, 17)), build_completions(prompt, children)])
+
+    def compute_gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        score(model, batch).logprobs_N.sum().backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    monkeypatch.setattr(forest_attention, "KEPT_WEIGHTS", 1 << 20)
+    monkeypatch.setattr(forest_attention, "SMALL_AREA", 64)
+    expected = compute_gradients()
+    monkeypatch.setattr(forest_attention, name, value)
+    found = compute_gradients()
+    for key, gradient in expected.items():
+        if name == "KEPT_WEIGHTS":
+            assert torch.equal(found[key], gradient), key
+        else:
+            assert torch.allclose(found[key], gradient, atol=1e-5 * float(gradient.abs().max())), key
+
+
+def test_round_sizes_change_only_rounding() -> None:
+    """What bf16 asks for, seen in float32: padded blocks, queries and keys reach no result."""
+    rng = np.random.default_rng(4)
+    batch = collate([build_document(rng.integers(0, 97, n)) for n in (40, 37, 21, 20, 19, 18, 9, 9, 8)])
+    heads = [torch.randn(n, batch.num_tokens, 8, requires_grad=True) for n in (4, 2, 2)]
+    results = []
+    for round_up in (False, True):
+        plan = forest_attention.build_plan(batch, 4, round_up=round_up)
+        out = plan.attend(0, *heads, 0.3, None)
+        results.append([out, *torch.autograd.grad(out.square().sum(), heads)])
+    assert [g.num_keys for g in plan.groups] == [g.num_keys // 16 * 16 for g in plan.groups]
+    for plain, rounded in zip(*results, strict=True):
+        assert torch.allclose(plain, rounded, atol=1e-5)

@@ -219,9 +219,9 @@ def test_the_check_sees_a_wrong_attention_behind_a_head_of_zeros(
     real = loading.build_plan
     base = build_tiny(40)
 
-    def wrong(batch: Any, num_heads: int, spare: int) -> Any:
+    def wrong(batch: Any, *more: int, **named: bool) -> Any:
         batch.parents_S[1] = 0  # the second tree hangs below the first
-        return real(batch, num_heads, spare)
+        return real(batch, *more, **named)
 
     monkeypatch.setattr(loading, "build_plan", wrong)
     with pytest.raises(ModelError, match="other values as a token forest"):

@@ -17,8 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from polm.engine.score import score
 from polm.errors import ModelError, StoreError
 from polm.models import loading
-from polm.models.loading import build_model, count_parameters, load_model, load_tokenizer, prepare_model, save_model
-from polm.tokens import build_document, collate
+from polm.models.loading import (
+    build_model,
+    compute_hidden,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    prepare_model,
+    save_model,
+)
+from polm.tokens import build_completions, build_document, collate
 
 Build = Callable[..., PreTrainedModel]
 WEIGHTS = "model.safetensors"
@@ -303,9 +311,9 @@ def test_the_check_sees_a_wrong_attention(monkeypatch: pytest.MonkeyPatch) -> No
     """If the forest let a token see a stranger, no model would load."""
     real = loading.build_plan
 
-    def wrong(batch: Any, num_heads: int, spare: int) -> Any:
+    def wrong(batch: Any, *more: int, **named: bool) -> Any:
         batch.parents_S[1] = 0  # the second tree hangs below the first
-        return real(batch, num_heads, spare)
+        return real(batch, *more, **named)
 
     monkeypatch.setattr(loading, "build_plan", wrong)
     with pytest.raises(ModelError, match="other log-probabilities"):
@@ -360,3 +368,21 @@ def test_what_is_built_has_what_was_asked_for() -> None:
     config = model.config
     assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (77, 5000.0)
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (1, 0, None)
+
+
+def test_spare_rows_change_no_gradient() -> None:
+    """Rows added to make the number round belong to nobody: no token's gradient may reach the weights through them.
+
+    The first row of a group of blocks is a child's here, whose queries have a gradient (a root's first token has none).
+    """
+    model = prepare_model(build_plain("llama"), "x")
+    batch = collate([build_completions([5, 9, 30], [[8, 1], [33, 4, 20]]), build_document([7, 8, 9, 10])])
+    gradients = []
+    for round_up in (False, True):
+        hidden = compute_hidden(model, batch, round_up=round_up)
+        weights = torch.linspace(-1.0, 1.0, hidden.numel()).view_as(hidden)
+        (weights * hidden).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    for name, exact in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))

@@ -17,6 +17,7 @@ from polm.models.loading import load_model
 from polm.recipe_online import OnlineSettings
 from polm.rewards.base import Reward
 from polm.rollout.generate import Completion
+from polm.stages.common import Frozen
 from polm.stages.online import build_objective, build_pair_trees, find_matches
 from polm.stages.rollout_source import add_scores
 from polm.stages.rollouts import Rollout
@@ -91,7 +92,7 @@ def test_online_dpo(
     matches, counts = find_matches(rollout, 2, settings)
     assert counts == {"matches": 3, "ties": 0, "unjudged": 0}
     batch = collate(build_pair_trees(rollout, 2, matches))
-    batch = add_scores(batch, "ref_logprobs", load_model(folder), "fp32", 1.0)
+    batch = add_scores(batch, "ref_logprobs", Frozen(load_model(folder)), "fp32", 1.0)
     metrics = agree(losses[0], model, build_objective(settings), learner, [batch])
     theirs = {name: values[-1] for name, values in trainer.stats.items() if values}
     assert metrics["dpo/margin"] == pytest.approx(theirs["rewards/margins"], rel=1e-4, abs=1e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from polm.errors import StoreError
 from polm.report import sections_microscope
-from polm.report.load import TokenTables, load_run
+from polm.report.load import RolloutGroup, RolloutSample, TokenTables, load_run
 from polm.report.sections_microscope import (
     choose_nodes,
     compute_level,
@@ -21,7 +21,7 @@ from polm.report.sections_microscope import (
     show_token,
     spell_entry,
 )
-from polm.report.sections_rollouts import choose_node, section_rollouts
+from polm.report.sections_rollouts import _build_group, choose_node, section_rollouts
 
 TABLES = TokenTables("remit", 0.8, 1, 1, 1, 0.0, 1.0, [], [], [], [])
 
@@ -121,3 +121,25 @@ def test_a_run_under_way_has_rollouts(build_run: Callable[..., Path]) -> None:
     node = choose_node(load_run(run_dir))
     assert node is not None
     assert len(node.rollouts) == 5
+
+
+def test_rewards_that_are_no_verdicts() -> None:
+    """A judge's grade, an answer that it said nothing about, and a prompt without a known answer."""
+    samples = [
+        RolloutSample("a", "scored", 0.5, reward=-0.35),
+        RolloutSample("b", "nonsense"),
+        RolloutSample("c", "wrong", -0.5, reward=0.1),
+        RolloutSample("d", "right", 1.0),
+    ]
+    text = re.sub(r"<[^>]+>", " ", _build_group(RolloutGroup(1, "p", "", samples)))
+    for words in (
+        "scored, reward \u22120.35, advantage +0.50",
+        "nonsense, no reward, advantage 0",
+        "wrong, reward 0.1",
+    ):
+        assert words in text
+    assert "right, reward 1, advantage +1.00" in text
+    assert "no known answer" in text
+    assert "expected answer: <code>7</code>; 1 of 4 right" in _build_group(RolloutGroup(1, "p", 7.0, samples)).replace(
+        "7.0", "7"
+    )

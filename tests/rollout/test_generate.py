@@ -171,9 +171,9 @@ def test_a_prompt_is_read_once(
     rows: list[int] = []
     plain_prefill, plain_decoder = reader.prefill, reader.run_decoder
 
-    def counting_prefill(model: PreTrainedModel, prompts: Any, first_group: int) -> Any:
+    def counting_prefill(model: PreTrainedModel, prompts: Any, *rest: Any) -> Any:
         read.append([len(prompt) for prompt in prompts])
-        return plain_prefill(model, prompts, first_group)
+        return plain_prefill(model, prompts, *rest)
 
     def counting_decoder(model: PreTrainedModel, tokens_T: torch.Tensor, *rest: Any) -> torch.Tensor:
         rows.append(len(tokens_T))

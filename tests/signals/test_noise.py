@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from polm.engine.score import score
+from polm.models.virtual import VIRTUAL, VirtualTokens
 from polm.signals.noise import compute_path_lengths, draw_embedding_noise
 from polm.tokens import Needs, Segment, build_completions, build_document, collate
 
@@ -60,3 +61,19 @@ def test_scores_are_noisy_only_where_they_are_asked_to_be(build_tiny: Callable[.
     table = model.get_input_embeddings().weight
     assert table.grad is not None
     assert table.grad[batch.tokens_T].abs().sum() > 0
+
+
+def test_virtual_tokens_get_no_noise(build_tiny: Callable[..., PreTrainedModel]) -> None:
+    """Prompt tuning's own embeddings are not text: the noise of the text is the same with and without them."""
+    model = build_tiny(num_layers=1)
+    batch = collate([build_document(np.arange(2, 9))], seed=1)
+    seen: list[torch.Tensor] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["inputs_embeds"][0].detach()), with_kwargs=True
+    )
+    virtual_PD = torch.randn(3, 32)
+    score(model, batch, Needs(embedding_noise=5.0))
+    setattr(model, VIRTUAL, lambda: VirtualTokens(3, embeddings_PD=virtual_PD))
+    score(model, batch, Needs(embedding_noise=5.0))
+    assert torch.equal(seen[1][:3], virtual_PD)
+    assert torch.equal(seen[1][3:], seen[0])

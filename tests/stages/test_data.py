@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from polm.data.readers import read_conversations, read_documents, read_prompts
+from polm.data.readers import read_conversations, read_documents, read_prompts, write_jsonl
 from polm.errors import DataError
 from polm.flywheel.store import compute_key
-from polm.recipe import DataStage, FilesData, FolderData, MixedSource
+from polm.recipe_data import DataStage, FilesData, FolderData, MixedSource
 from polm.stages.common import Context
 from polm.stages.data import STAGE, run
 
@@ -148,3 +148,15 @@ def test_the_key_follows_the_content_of_files_and_not_their_place(tmp_path: Path
     assert compute_key(STAGE, files(tmp_path / "a.jsonl"), {}) != key
     gone = compute_key(STAGE, files(tmp_path / "gone.jsonl"), {})
     assert gone != compute_key(STAGE, files(tmp_path / "lost.jsonl"), {})
+
+
+def test_prompts_that_a_model_judges_need_no_answers(artifact: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "prompts.jsonl", [{"prompt": "Say something kind."}, {"prompt": "And funny."}])
+    settings = DataStage(data=FolderData(source="folder", path=tmp_path / "in"), needs=("prompts.jsonl",))
+    manifest = artifact.run("data", settings, {}, tmp_path / "out")
+    assert manifest["summary"]["records/prompts.jsonl"] == 2
+    write_jsonl(
+        tmp_path / "in" / "prompts.jsonl", [{"prompt": "1+1?", "answer": "2", "verifier": "exact"}, {"prompt": "2"}]
+    )
+    with pytest.raises(DataError, match=r"prompts.jsonl:2: no column answer, verifier"):
+        artifact.run("data", settings, {}, tmp_path / "mixed")

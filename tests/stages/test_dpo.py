@@ -17,7 +17,8 @@ from polm.data.readers import write_jsonl
 from polm.errors import DataError, ModelError, NonFiniteError, RecipeError, UserError
 from polm.models.loading import load_model
 from polm.objectives.preference import ANSWER_LOSSES, PAIR_LOSSES, Knobs, build_preference
-from polm.recipe import PREFERENCE_KNOBS, AnnotateSettings, DataStage, DPOSettings, FolderData
+from polm.recipe import PREFERENCE_KNOBS, AnnotateSettings, DPOSettings
+from polm.recipe_data import DataStage, FolderData
 from polm.stages import dpo
 from polm.stages.common import Context
 from polm.tokens import Loss, Scores, TokenBatch

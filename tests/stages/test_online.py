@@ -14,20 +14,19 @@ import torch
 from polm.config import find_recipe, load_settings, recipe_folder
 from polm.data.readers import Prompt
 from polm.engine.score import score
-from polm.errors import ModelError
-from polm.models.loading import load_model
-from polm.recipe_online import ONLINE_KNOBS, OnlineSettings
+from polm.errors import ModelError, RecipeError
+from polm.models.loading import load_model, save_model
+from polm.recipe_online import ONLINE_KNOBS, OnlineSettings, RejectionSettings
 from polm.rewards import sources
 from polm.rewards.base import Reward
 from polm.rewards.verify import Verdict
 from polm.rollout.generate import Completion
 from polm.stages import online
-from polm.stages.common import Context, load_base, new_ledger
+from polm.stages.common import Context, Frozen, load_base, new_ledger
 from polm.stages.online import (
     Match,
     build_answer_trees,
     build_pair_trees,
-    compute_preference,
     find_matches,
     measure,
     merge_completions,
@@ -182,6 +181,65 @@ def test_the_other_side_draws_numbers_of_its_own(artifact: Any, read_rows: Any, 
         assert any(texts[:2] != texts[2:] for texts in groups)
 
 
+# ---- who judges ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(ONLINE_KNOBS))
+def test_a_judge_compares(method: str, artifact: Any, chat_server: Any, read_rows: Any, tmp_path: Path) -> None:
+    """Online AI feedback: each match is judged in both orders, nothing is graded; a run asked again asks nothing."""
+
+    def prefer_longer(body: dict[str, Any], _: int) -> str:
+        _, a, b = body["messages"][0]["content"].split("|")
+        return "[[C]]" if len(a) == len(b) else f"[[{'A' if len(a) > len(b) else 'B'}]]"
+
+    server = chat_server(prefer_longer)
+    judging = {"verdict": "text", "endpoint": {"url": server.url, "model": "m"}}
+    judging |= {"pair_prompt": "{question}|{answer_a}|{answer_b}", "score_prompt": "{question}|{answer}"}
+    changes = {"samples": 2 if method == "dpo" else 4, "method": method, "reward": "judge", "compare": "judge"}
+    settings = OnlineSettings(**{**SMALL, **changes}, judging=judging, updates=1)
+    manifest = artifact.run("online", settings, artifact.inputs("online"), tmp_path / "out")
+    num_matches = 6 * (1 if method == "dpo" else 2)
+    assert manifest["ledger"]["online_matches"] == num_matches
+    asked = {body["messages"][0]["content"] for body in server.bodies}
+    assert len(asked) <= 2 * num_matches
+    for row in read_rows(tmp_path / "out" / "samples.jsonl"):
+        answers = row["samples"]
+        half = len(answers) // 2
+        for one, other in zip(answers[:half], answers[half:], strict=True):
+            assert f"{row['prompt']}|{one['text']}|{other['text']}" in asked
+            longer = (len(one["text"]) > len(other["text"])) - (len(one["text"]) < len(other["text"]))
+            assert one.get("reward", 0.0) - other.get("reward", 0.0) == longer
+    before = len(server.bodies)
+    artifact.run("online", settings, artifact.inputs("online"), tmp_path / "again")
+    assert len(server.bodies) == before  # the replies were kept beside the artifact
+
+
+def test_a_judge_that_gives_no_verdict(artifact: Any, chat_server: Any, tmp_path: Path) -> None:
+    server = chat_server(lambda *_: "I cannot say")
+    judging = {"verdict": "text", "endpoint": {"url": server.url, "model": "m"}}
+    changes = {"samples": 2, "reward": "judge", "compare": "judge"}
+    settings = OnlineSettings(**{**SMALL, **changes}, judging=judging, updates=1)
+    ledger = artifact.run("online", settings, artifact.inputs("online"), tmp_path / "out")["ledger"]
+    assert ledger["online_unjudged"] == ledger["online_matches"] == 6
+    assert "I cannot say" in (tmp_path / "out" / "problems.jsonl").read_text()
+
+
+def test_a_reward_model_judges(artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """Its differences are log odds to Nash-MD; also where answers become data."""
+    inputs = {**artifact.inputs("online"), "reward_model": str(artifact("reward_model"))}
+    settings = OnlineSettings(**SMALL, method="nash_md", reward="model", preference_temperature=1.0, updates=2)
+    artifact.run("online", settings, inputs, tmp_path / "out")
+    for line in read_rows(tmp_path / "out" / "metrics.jsonl"):
+        assert line["online/ties"] < 1.0
+        assert line["online/win_rate"] not in (0.0, 0.5, 1.0)
+    best = RejectionSettings(keep="top_share", share=0.25, reward="model", max_new_tokens=24, precision="fp32")
+    manifest = artifact.run("rejection", best, inputs, tmp_path / "best")
+    assert manifest["ledger"]["kept"] <= 16
+    assert manifest["summary"]["kept_reward"] > manifest["summary"]["sampled_reward"]
+    with pytest.raises(RecipeError, match=r"`reward: model` and reward_model=FOLDER go together"):
+        artifact.run("rejection", best, artifact.inputs("online"), tmp_path / "none")
+
+
 # ---- what a rollout becomes ------------------------------------------------------------------------------------------
 
 
@@ -218,13 +276,6 @@ def test_one_against_one_of_the_other_side() -> None:
     soft, _ = find("nash_md", *groups, preference_temperature=0.1)
     assert soft[0][2] == pytest.approx(1 / (1 + math.e))
     assert [match[2] for match in soft[1:]] == [0.5, pytest.approx(1 / (1 + math.exp(-10)))]
-
-
-def test_preferences_by_hand() -> None:
-    assert [compute_preference(d, 0.0) for d in (-0.1, 0.0, 2.0)] == [0.0, 0.5, 1.0]
-    assert compute_preference(math.log(3.0), 1.0) == pytest.approx(0.75)
-    assert compute_preference(math.log(3.0), 2.0) == pytest.approx(3**0.5 / (1 + 3**0.5))
-    assert (compute_preference(1e9, 1e-9), compute_preference(-1e9, 1e-9)) == (1.0, pytest.approx(0.0))
 
 
 def test_trees_of_pairs() -> None:
@@ -277,10 +328,18 @@ def test_scores_are_tempered_as_the_samples_were(
     settings = OnlineSettings(**SMALL, method=method)
     context = Context(tmp_path, artifact.inputs("online"), say=lambda _: None)
     sampler = build_sampler(settings, context, load_base(str(artifact("sft"))), new_ledger(), 1)
-    batch = online.OnlineSource(sampler, model).step(0, model).batches[0]
+    batch = online.OnlineSource(sampler, Frozen(model)).step(0, model).batches[0]
     with torch.no_grad():
         expected = score(model, batch, temperature=1.5 if is_tempered else 1.0).logprobs_N
     torch.testing.assert_close(batch.at_targets("ref_logprobs"), expected)
+
+
+@pytest.fixture(scope="module")
+def tiny_judge(build_tiny: Any, byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that knows every letter: its preferences are nonsense, and the same each time."""
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    save_model(build_tiny(len(byte_tokenizer), num_layers=1, max_positions=4096), byte_tokenizer, folder)
+    return folder
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -295,17 +354,31 @@ def test_defaults_and_knobs_that_are_not_read() -> None:
         OnlineSettings(alpha=0.1)
     with pytest.raises(ValueError, match="loss is ipo, and method: nash_md does not read it"):
         OnlineSettings(method="nash_md", loss="ipo")
+    for given, match in (
+        ({"compare": "judge"}, "compare: judge needs reward: judge alone"),
+        (
+            {"compare": "judge", "reward": "judge", "samples": 4},
+            "samples is 4; compare: judge with method: dpo takes 2",
+        ),
+        (
+            {"compare": "judge", "reward": "judge", "method": "nash_md", "preference_temperature": 1.0},
+            "leave preference_temperature out",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            OnlineSettings(**given)
     with pytest.raises(ValueError, match="samples is 3; method: xpo needs an even number"):
         OnlineSettings(method="xpo", samples=3)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (recipe_folder() / "online").glob("*.yaml")))
-def test_shipped_recipes_run(name: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+def test_shipped_recipes_run(name: str, artifact: Any, tiny_judge: Path, read_rows: Any, tmp_path: Path) -> None:
     """One update on the tiny model, with the file's own method and knobs."""
     words = ["updates=1", "bin_tokens=192", "prompts_per_rollout=8", "max_new_tokens=8", "precision=fp32"]
     words += ["optimizer.learning_rate=0.01", "schedule.warmup_updates=0", "checkpoint_every=0", "temperature=1.5"]
     settings = load_settings(OnlineSettings, find_recipe(f"online/{name}"), words, section="online")
-    artifact.run("online", settings, artifact.inputs("online"), tmp_path / "out")
+    judge = {"judge": str(tiny_judge)} if settings.compare == "judge" else {}
+    artifact.run("online", settings, {**artifact.inputs("online"), **judge}, tmp_path / "out")
     (line,) = read_rows(tmp_path / "out" / "metrics.jsonl")
     assert all(math.isfinite(value) for value in line.values())
     assert line["grad_norm"] > 0
@@ -315,3 +388,21 @@ def test_there_is_a_recipe_for_each_method() -> None:
     folder = recipe_folder() / "online"
     methods = {load_settings(OnlineSettings, path).method for path in folder.glob("*.yaml")}
     assert methods == set(ONLINE_KNOBS)
+
+
+@pytest.mark.parametrize("method", sorted(ONLINE_KNOBS))
+def test_an_adapter_learns_online(method: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """The reference is the learner without its adapter, and in a mixture a copy of the base: the same numbers."""
+    changes = {"method": method, "updates": 2, "adapter": {"kind": "lora", "rank": 2}}
+    settings = OnlineSettings(**SMALL, **changes, optimizer={"learning_rate": 0.01})
+    artifact.run("online", settings, artifact.inputs("online"), tmp_path / "own")
+    other = {**artifact.inputs("online"), "reference": str(artifact("sft"))}
+    artifact.run("online", settings, other, tmp_path / "given")
+    start = "nash/log_ratio" if method == "nash_md" else "dpo/margin"
+    lines = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("own", "given")]
+    for own, given in zip(*lines, strict=True):
+        assert own[start] == pytest.approx(given[start], abs=1e-4)
+        assert own["rl/reward"] == given["rl/reward"]
+    assert lines[0][0][start] == pytest.approx(0.0, abs=1e-4)
+    assert lines[0][0]["grad_norm"] > 0
+    assert (tmp_path / "own" / "model" / "adapter_config.json").is_file()

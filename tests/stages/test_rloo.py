@@ -65,8 +65,9 @@ def test_advantages_by_hand() -> None:
 def test_the_reward_rises(artifact: Any, tmp_path: Path, read_rows: Any) -> None:
     """Even lengths of the text are right here: twenty updates learn to write them."""
     settings = artifact.spec("rloo")[1].model_copy(
-        update={"updates": 20, "updates_per_rollout": 1, "kl_beta": 0.0, "prompts_per_rollout": 8}
+        update={"updates": 20, "updates_per_rollout": 1, "kl_beta": 0.0, "prompts_per_rollout": 16}
     )
-    artifact.run("rloo", settings, artifact.inputs("rloo"), tmp_path / "out")
+    inputs = {**artifact.inputs("rloo"), "base": str(artifact("sft"))}
+    artifact.run("rloo", settings, inputs, tmp_path / "out")
     rewards = [line["rl/reward"] for line in read_rows(tmp_path / "out" / "metrics.jsonl")]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1

@@ -102,9 +102,10 @@ def test_the_verifier_and_a_function_together(
 @pytest.mark.parametrize("stage", ["reinforce_pp", "remax"])
 def test_the_reward_rises(stage: str, artifact: Any, tmp_path: Path, read_rows: Any) -> None:
     """Even lengths of the text are right here: twenty-five updates learn to write them."""
-    changes = {"updates": 25, "kl_beta": 0.0, "prompts_per_rollout": 8}
+    changes = {"updates": 25, "kl_beta": 0.0, "prompts_per_rollout": 16}
     settings = artifact.spec(stage)[1].model_copy(update=changes)
-    artifact.run(stage, settings, artifact.inputs(stage), tmp_path / "out")
+    inputs = {**artifact.inputs(stage), "base": str(artifact("sft"))}
+    artifact.run(stage, settings, inputs, tmp_path / "out")
     rewards = [line["rl/reward"] for line in read_rows(tmp_path / "out" / "metrics.jsonl")]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
 
