@@ -17,6 +17,8 @@ from polm.errors import ModelError
 from polm.models.actor_critic import ActorCritic, Trained
 from polm.models.forest_attention import round_rows
 from polm.models.heads import compute_values, find_scalar_head
+from polm.models.kernels.build import load_library
+from polm.models.kernels.rows import head_backward_, head_forward
 from polm.models.loading import compute_hidden, output_head
 from polm.signals.noise import draw_embedding_noise
 from polm.tokens import Needs, Scores, TokenBatch
@@ -70,7 +72,10 @@ def score(
     ids_NK = torch.nn.functional.pad(ids_NK, (0, 0, 0, spare))
     weight, cap = output_head(model)
     compute_dtype = torch.bfloat16 if bf16 else weight.dtype
-    logprobs_NK, entropy_N = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
+    # A soft cap has a slope of its own, which the compiled head does not know.
+    compiled = bf16 and cap is None and device == "cpu" and load_library() is not None
+    head = _CompiledHead if compiled else _ChunkedHead
+    logprobs_NK, entropy_N = head.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight, ids_NK, temperature, cap, needs.entropy, compute_dtype, torch.is_grad_enabled()
     )
     return Scores(
@@ -216,3 +221,63 @@ class _ChunkedHead(torch.autograd.Function):
                 grad_weight += torch.matmul(grad.t(), hidden).float()
         out = grad_weight.to(weight_VD.dtype) if grad_weight is not None else None
         return grad_hidden, out, None, None, None, None, None, None
+
+
+class _CompiledHead(torch.autograd.Function):
+    """`_ChunkedHead` with the passes over the vocabulary compiled, without a soft cap. What is kept for the backward
+    pass are the logits themselves, in the dtype of the product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        ids_NK: Tensor,
+        temperature: float,
+        cap: float | None,
+        with_entropy: bool,
+        dtype: torch.dtype,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        assert cap is None
+        ctx.given = hidden_ND.dtype
+        weight, hidden_ND = weight_VD.to(dtype), hidden_ND.to(dtype)
+        ids_NK = ids_NK.contiguous()
+        logprobs, totals, entropies = [], [], []
+        kept: dict[int, Tensor] = {}  # first row of a chunk -> logits [rows, V]
+        room = KEPT_LOGITS if keep else 0
+        for part in _chunks(len(hidden_ND), weight.shape[0]):
+            logits = torch.matmul(hidden_ND[part], weight.t())
+            logprobs_part, total, entropy = head_forward(logits, ids_NK[part], temperature, with_entropy)
+            logprobs.append(logprobs_part)
+            totals.append(total)
+            entropies += [] if entropy is None else [entropy]
+            room -= logits.numel()
+            if room >= 0:
+                kept[part.start] = logits
+        entropy_N = torch.cat(entropies) if with_entropy else torch.zeros(0)
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, torch.cat(totals), entropy_N)
+        ctx.settings = temperature, with_entropy
+        ctx.kept = kept
+        return torch.cat(logprobs), entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs_NK, grad_entropy_N = (grad.contiguous() for grad in grads)
+        hidden_ND, weight_VD, ids_NK, total_N, entropy_N = ctx.saved_tensors
+        temperature, with_entropy = ctx.settings
+        weight = weight_VD.to(hidden_ND.dtype)
+        grad_hidden = torch.empty_like(hidden_ND)
+        grad_weight: Tensor | None = None
+        for part in _chunks(len(hidden_ND), weight.shape[0]):
+            logits = ctx.kept.pop(part.start, None)  # it is given up here: a second backward pass computes it again
+            if logits is None:
+                logits = torch.matmul(hidden_ND[part], weight.t())
+            own = (entropy_N[part], grad_entropy_N[part]) if with_entropy else (None, None)
+            head_backward_(logits, ids_NK[part], temperature, total_N[part], own[0], grad_logprobs_NK[part], own[1])
+            torch.matmul(logits, weight, out=grad_hidden[part])
+            if ctx.needs_input_grad[1]:  # a frozen output matrix gets no gradient and no buffer for one
+                mine = torch.matmul(logits.t(), hidden_ND[part])
+                grad_weight = mine.float() if grad_weight is None else grad_weight.add_(mine)
+        out = None if grad_weight is None else grad_weight.to(weight_VD.dtype)
+        return grad_hidden.to(ctx.given), out, None, None, None, None, None, None

@@ -32,6 +32,7 @@ from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerpri
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
 from polm.models.adapters import is_adapter_folder, locate_base
+from polm.models.kernels.build import describe_kernels
 from polm.recipe_data import DataStage, FilesData, FolderData, WordProblemsData
 from polm.recipe_rewards import RewardSettings
 from polm.stages.common import Context, Stage, StageResult, model_folder
@@ -240,6 +241,7 @@ def collect_versions() -> dict[str, str]:
     packages = ["torch", "transformers", "tokenizers", "numpy", "math-verify"]
     packages += [name for name in ("peft",) if find_spec(name) is not None]
     machine = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count()), "machine": platform.machine()}
+    machine["row_kernels"] = describe_kernels()
     return {"polm": __version__, **{name: version(name) for name in packages}, **machine}
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from polm.errors import ModelError, StoreError
 from polm.models.forest_attention import FOREST, Attends, build_plan, round_rows
+from polm.models.kernels.install import install_kernels, kernels_while_sampling
 from polm.models.quantize import build_quantization
 from polm.models.virtual import PrefixPlan, read_virtual
 from polm.tokens import TokenBatch, build_completions, build_document, collate
@@ -216,6 +217,9 @@ def switch_to_forest(
         if isinstance(inner := getattr(module, "attn_dropout", None), nn.Dropout):
             inner.p = 0.0
     check_forest(model, check_ids, expected, read, name, what)
+    if install_kernels(model):
+        with kernels_while_sampling():
+            check_forest(model, check_ids, expected, read, name, what)
     return model.train()
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.engine.score import autocast
 from polm.errors import NonFiniteError, UserError
+from polm.models.kernels.install import kernels_while_sampling
 from polm.models.virtual import VirtualTokens, read_virtual
 from polm.rollout.reader import Reader, build_readers
 from polm.rollout.sampling import (
@@ -152,7 +153,12 @@ def generate(
         one.eval()
     try:
         # One enclosing autocast keeps the bf16 copies of the weights for the whole call.
-        with torch.no_grad(), autocast(model.device.type, bf16), _cacheable_casts(models, bf16):
+        with (
+            torch.no_grad(),
+            autocast(model.device.type, bf16),
+            _cacheable_casts(models, bf16),
+            kernels_while_sampling(),
+        ):
             max_rows = min(max_rows, len(queue.prompt_Q))
             readers = build_readers(models, virtual, queue.groups, queue.limits, bf16, max_rows, max_cache_bytes)
             rows = _Rows(readers, mixture.share if mixture is not None else 0.0, tokenizer, queue, params)

@@ -1,0 +1,151 @@
+"""Give the layers of a `transformers` decoder the row kernels, without touching its code.
+
+A layer's `forward` is replaced on the instance; the new one takes the kernels where `are_active` says so and the
+layer's own code everywhere else (float32 training, GPUs, no compiler). Only layers whose code is known are replaced:
+the classes named below, and norms and feed-forwards that are found to compute what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from polm.models.forest_attention import forest_attention
+from polm.models.kernels.build import load_library
+from polm.models.kernels.rows import norm_and_rotate, rms_norm, swiglu
+
+# Attention classes whose code is q, k and v projections, norms of single heads where there are any, and the rotary
+# embedding of whole heads; and where each has the width of its window. (OLMo-2 has norms over all heads at once, Gemma
+# norms of another form, SmolLM3 layers without positions.)
+WINDOWS: dict[str, Callable[[Any], int | None]] = {
+    "LlamaAttention": lambda _: None,
+    "MistralAttention": lambda module: getattr(module.config, "sliding_window", None),
+    "Qwen2Attention": lambda module: module.sliding_window,
+    "Qwen3Attention": lambda module: module.sliding_window,
+}
+_sampling: ContextVar[bool] = ContextVar("kernels_while_sampling", default=False)
+
+
+@contextlib.contextmanager
+def kernels_while_sampling() -> Iterator[None]:
+    """Let float32 take the kernels too: the generator's bits are nobody's yardstick, unlike those of training."""
+    token = _sampling.set(True)
+    try:
+        yield
+    finally:
+        _sampling.reset(token)
+
+
+def are_active(tensor: Tensor) -> bool:
+    """Whether the layers take the kernels for this input: on CPUs under bf16 autocast, or while sampling.
+
+    It asks autocast, whose state activation checkpointing restores when it computes a layer again.
+    """
+    if tensor.device.type != "cpu" or load_library() is None:
+        return False
+    return _is_bf16() or (_sampling.get() and not torch.is_grad_enabled())
+
+
+def _is_bf16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def install_kernels(model: PreTrainedModel) -> int:
+    """Replace the forwards of the layers that the kernels know; returns how many were."""
+    if load_library() is None:
+        return 0
+    chosen = [(module, _choose(module)) for module in model.modules()]
+    for module, forward in chosen:
+        if forward is not None:
+            # A bound method and no closure: a copy of the model then calls its own weights.
+            module.forward = MethodType(forward, module)
+    return sum(forward is not None for _, forward in chosen)
+
+
+def _choose(module: nn.Module) -> Callable[..., Any] | None:
+    if type(module).__name__ in WINDOWS and _has_plain_heads(module):
+        return _attention_forward
+    if type(module).__name__.endswith("RMSNorm") and _is_plain_norm(module):
+        return _norm_forward
+    children = dict(module.named_children())
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= children.keys() and _is_silu(children["act_fn"]):
+        return _mlp_forward
+    return None
+
+
+@torch.no_grad()
+def _is_silu(function: Any) -> bool:
+    probe = torch.linspace(-3.0, 3.0, 13)
+    return torch.allclose(function(probe), nn.functional.silu(probe), atol=1e-6)
+
+
+@torch.no_grad()
+def _is_plain_norm(module: Any) -> bool:
+    """Whether it is weight x / rms(x), with a float32 weight on the CPU: Gemma's, for one, has 1 + weight."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if weight is None or eps is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    probe = torch.linspace(-2.0, 3.0, 3 * len(weight)).view(3, -1)
+    wanted = weight * probe * torch.rsqrt(probe.pow(2).mean(-1, keepdim=True) + eps)
+    return torch.allclose(module(probe), wanted, atol=1e-5)
+
+
+def _has_plain_heads(module: Any) -> bool:
+    """Whether its heads are even in width, and their norms, if any, are over one head each."""
+    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    if module.head_dim % 2 or (norms[0] is None) != (norms[1] is None):
+        return False
+    return all(norm is None or (_is_plain_norm(norm) and len(norm.weight) == module.head_dim) for norm in norms)
+
+
+def _norm_forward(self: Any, hidden_states: Tensor) -> Any:
+    fits = hidden_states.dtype == self.weight.dtype == torch.float32
+    if not (fits and are_active(hidden_states)):
+        return type(self).forward(self, hidden_states)
+    # What follows a norm is a product, for which autocast would cast this to bf16 each time it is read.
+    dtype = torch.bfloat16 if _is_bf16() else torch.float32
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+
+
+def _mlp_forward(self: Any, hidden_states: Tensor) -> Any:
+    if not are_active(hidden_states):
+        return type(self).forward(self, hidden_states)
+    return self.down_proj(swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+
+
+def _attention_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    width, (cosine, sine) = int(self.head_dim), position_embeddings
+    plain = len(hidden_states) == 1 and cosine.shape[-1] == width and cosine.dtype == torch.float32
+    if not (plain and past_key_values is None and kwargs.get("forest") is not None and are_active(hidden_states)):
+        return type(self).forward(
+            self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+        )
+    cosine_TD, sine_TD = cosine[0].contiguous(), sine[0].contiguous()
+
+    def rotate(projected: Tensor, norm: Any) -> Tensor:
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+        out_THD = norm_and_rotate(
+            projected.view(-1, projected.shape[-1] // width, width), weight, eps, cosine_TD, sine_TD
+        )
+        return out_THD.transpose(0, 1)[None]
+
+    query = rotate(self.q_proj(hidden_states), getattr(self, "q_norm", None))
+    key = rotate(self.k_proj(hidden_states), getattr(self, "k_norm", None))
+    value = self.v_proj(hidden_states).view(key.shape[2], -1, width).transpose(0, 1)[None]
+    window = WINDOWS[type(self).__name__](self)
+    out, _ = forest_attention(self, query, key, value, None, scaling=self.scaling, sliding_window=window, **kwargs)
+    return self.o_proj(out.flatten(2)), None

@@ -1,0 +1,140 @@
+"""The row kernels as differentiable functions of tensors (`rows.cpp`); `load_library` must have found them.
+
+Activations are float32 or bfloat16, weights float32, all on the CPU; inside everything is float32. Against the layers
+of `transformers` under autocast a bf16 result has fewer roundings on its way.
+
+Shape suffixes: T rows, H heads, D width, F width of the feed-forward, N targets, V vocabulary, K ids a target.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polm.models.kernels.build import load_library
+
+
+def _call(name: str, *arguments: Tensor | float | int | None) -> None:
+    """Call a kernel; tensors go as the addresses of their numbers. They must be contiguous, and outlive the call."""
+    library = load_library()
+    assert library is not None, "the row kernels are called without having been found"
+    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    getattr(library, name)(*raw, torch.get_num_threads())
+
+
+def _is_half(tensor: Tensor) -> int:
+    assert tensor.dtype in (torch.float32, torch.bfloat16), tensor.dtype
+    return int(tensor.dtype == torch.bfloat16)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        x_TD = x_TD.contiguous()
+        rows, width = x_TD.numel() // x_TD.shape[-1], x_TD.shape[-1]
+        out_TD = torch.empty(x_TD.shape, dtype=dtype)
+        rstd_T = torch.empty(rows)
+        _call("polm_norm_forward", x_TD, weight_D, eps, out_TD, rstd_T, rows, width, _is_half(out_TD))
+        ctx.save_for_backward(x_TD, weight_D, rstd_T)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D, rstd_T = ctx.saved_tensors
+        grad_TD = grads[0].contiguous()
+        grad_x_TD, grad_weight_D = torch.empty_like(x_TD), torch.empty_like(weight_D)
+        sizes = len(rstd_T), x_TD.shape[-1], _is_half(grad_TD)
+        _call("polm_norm_backward", grad_TD, x_TD, weight_D, rstd_T, grad_x_TD, grad_weight_D, *sizes)
+        return grad_x_TD, grad_weight_D, None, None
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """weight x / sqrt(mean(x^2) + eps) over the last axis of x (float32), written in `dtype` (arXiv 1910.07467)."""
+    out: Tensor = _Norm.apply(x_TD, weight_D, eps, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_THD: Tensor, weight_D: Tensor | None, eps: float, cosine_TD: Tensor, sine_TD: Tensor
+    ) -> Tensor:
+        x_THD = x_THD.contiguous()
+        out_THD, rstd_TH = torch.empty_like(x_THD), torch.empty(x_THD.shape[:2])
+        sizes = *x_THD.shape, _is_half(x_THD)
+        _call("polm_rotate_forward", x_THD, weight_D, eps, cosine_TD, sine_TD, out_THD, rstd_TH, *sizes)
+        ctx.save_for_backward(x_THD, weight_D, cosine_TD, sine_TD, rstd_TH)
+        return out_THD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_THD, weight_D, cosine_TD, sine_TD, rstd_TH = ctx.saved_tensors
+        grad_THD = grads[0].contiguous()
+        grad_x_THD = torch.empty_like(x_THD)
+        grad_weight_D = None if weight_D is None else torch.empty_like(weight_D)
+        tensors = grad_THD, x_THD, weight_D, cosine_TD, sine_TD, rstd_TH, grad_x_THD, grad_weight_D
+        _call("polm_rotate_backward", *tensors, *x_THD.shape, _is_half(x_THD))
+        return grad_x_THD, grad_weight_D, None, None, None
+
+
+def norm_and_rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, cosine_TD: Tensor, sine_TD: Tensor) -> Tensor:
+    """RMSNorm of each head (none without a weight), then its two halves turned as the rotary embedding says.
+
+    cosine, sine [T, D] float32, as `transformers` makes them (arXiv 2104.09864).
+    """
+    out: Tensor = _Rotate.apply(x_THD, weight_D, eps, cosine_TD, sine_TD)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_TF: Tensor, upper_TF: Tensor) -> Tensor:
+        gate_TF, upper_TF = gate_TF.contiguous(), upper_TF.contiguous()
+        out_TF = torch.empty_like(gate_TF)
+        _call("polm_swiglu_forward", gate_TF, upper_TF, out_TF, gate_TF.numel(), _is_half(gate_TF))
+        ctx.save_for_backward(gate_TF, upper_TF)
+        return out_TF
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate_TF, upper_TF = ctx.saved_tensors
+        grad_TF = grads[0].contiguous()
+        grad_gate_TF, grad_upper_TF = torch.empty_like(gate_TF), torch.empty_like(upper_TF)
+        tensors = grad_TF, gate_TF, upper_TF, grad_gate_TF, grad_upper_TF
+        _call("polm_swiglu_backward", *tensors, gate_TF.numel(), _is_half(gate_TF))
+        return grad_gate_TF, grad_upper_TF
+
+
+def swiglu(gate_TF: Tensor, upper_TF: Tensor) -> Tensor:
+    """silu(gate) * upper (arXiv 2002.05202)."""
+    out: Tensor = _SwiGLU.apply(gate_TF, upper_TF)  # type: ignore[no-untyped-call]
+    return out
+
+
+def head_forward(
+    logits_NV: Tensor, ids_NK: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(log-probabilities of the ids [N, K], log of the sum of exponentials [N], entropy [N] or None), float32."""
+    rows, vocab = logits_NV.shape
+    logprobs_NK, total_N = torch.empty(ids_NK.shape), torch.empty(rows)
+    entropy_N = torch.empty(rows) if with_entropy else None
+    sizes = rows, vocab, ids_NK.shape[1], _is_half(logits_NV)
+    _call("polm_head_forward", logits_NV, ids_NK, 1.0 / temperature, logprobs_NK, total_N, entropy_N, *sizes)
+    return logprobs_NK, total_N, entropy_N
+
+
+def head_backward_(
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    temperature: float,
+    total_N: Tensor,
+    entropy_N: Tensor | None,
+    grad_logprobs_NK: Tensor,
+    grad_entropy_N: Tensor | None,
+) -> None:
+    """Turn the logits into their gradient, in place; `total_N` and `entropy_N` are those of `head_forward`."""
+    sizes = *logits_NV.shape, ids_NK.shape[1], _is_half(logits_NV)
+    tensors = total_N, entropy_N, grad_logprobs_NK, grad_entropy_N
+    _call("polm_head_backward", logits_NV, ids_NK, 1.0 / temperature, *tensors, *sizes)
