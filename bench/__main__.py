@@ -309,9 +309,10 @@ def main() -> None:
     if "curves" in options.work:
         from bench import curves
 
+        shape = options.models[0] if options.models else curves.MODEL
         for name in curves.CURVES:
             if name not in data["curves"]:
-                data["curves"][name] = curves.measure(name, options.threads, options.precision)
+                data["curves"][name] = curves.measure(name, shape, options.threads, options.precision)
                 write(options.out, data)
 
 

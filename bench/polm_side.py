@@ -37,7 +37,6 @@ from polm.objectives.policy_gradient import build_policy_gradient
 from polm.objectives.preference import Knobs, build_preference
 from polm.objectives.remit import build_remit
 from polm.recipe import OptimizerSettings, TrainSettings
-from polm.rollout import generate as generator
 from polm.rollout.generate import SamplingParams, generate
 from polm.signals.advantages import compute_group_advantages
 from polm.tokens import Objective, Step, Tree, build_completions, build_document, collate, tree_length
@@ -300,36 +299,16 @@ def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:
     prompts = questions(SHAPES[spec.model]["vocab_size"], NUM_QUESTIONS, spec.seed)
     lengths = answer_lengths(len(prompts), spec.seed) if varying else [EQUAL_LENGTH] * len(prompts)
     flops = sum(cost.forward(len(p) + n - 1, decode_pairs(len(p), n), n) for p, n in zip(prompts, lengths, strict=True))
-    force_lengths({p.tobytes(): n for p, n in zip(prompts, lengths, strict=True)})
     greedy = generate(model, tokenizer, prompts[:4], SamplingParams(8, temperature=0.0, ignore_eos=True))
     guard = float(sum((i + 1) * int(t) for c in greedy for i, t in enumerate(c.tokens[:4])))
     params = SamplingParams(max(lengths), seed=spec.seed, ignore_eos=True)
 
     def call() -> dict[str, float]:
-        out = generate(model, tokenizer, prompts, params, bf16=is_bf16(spec))
+        out = generate(model, tokenizer, prompts, params, bf16=is_bf16(spec), limits=lengths)
         assert [len(c.tokens) for c in out] == lengths
         return {"units": sum(lengths), "flops": flops}
 
     measure_calls(channel, call, guard, warmup=0)
-
-
-def force_lengths(by_prompt: dict[bytes, int]) -> None:
-    """Let each prompt's answer end after a number of tokens drawn beforehand, as if an end token had come.
-
-    The generator learns of it no earlier than of an end token, but for the size of its cache, which is that of the
-    longest answer in any case.
-    """
-    build = generator._build_queue
-
-    def forced(model: Any, prompts: Any, params: SamplingParams) -> Any:
-        queue = build(model, prompts, params)
-        queue.limits[:] = [
-            min(by_prompt.get(ids.tobytes(), limit), limit)
-            for ids, limit in zip(queue.groups, queue.limits, strict=True)
-        ]
-        return queue
-
-    generator._build_queue = forced
 
 
 RUNS: dict[str, Callable[[Channel, Spec], None]] = {

@@ -73,7 +73,7 @@ def build(data: Mapping[str, Any]) -> str:
         from bench import curves as module
 
         parts.append(
-            "## Cost curves\n\npolm alone, 10M layout. The expected growth is that of the operations counted from "
+            "## Cost curves\n\npolm alone. The expected growth is that of the operations counted from "
             "the shapes (`bench/flops.py`), both set to 1 at the row marked *.\n"
         )
         parts.extend(module.describe(name, points) for name, points in curves.items())

@@ -129,6 +129,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     mixture: Mixture | None = None,
     streams: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue each prompt (token ids) `params.num_samples` times; ordered by (prompt, sample).
 
@@ -137,13 +138,15 @@ def generate(
     total)` counts completions.
     `streams` gives each prompt a number that takes the place of its index in the draw (see `SamplingParams.seed`), so
     that its completions do not depend on the prompts beside it.
+    `limits` gives each prompt its own number of new tokens, in place of `params.max_new_tokens`.
     The result does not depend on `max_rows`, but for draws so near a boundary that rounding decides them.
-    Raises UserError for a prompt that is empty, has unknown ids or leaves no room, NonFiniteError for NaN logits.
+    Raises UserError for a prompt that is empty, has unknown ids or leaves no room, and for `limits` that do not fit the
+    prompts; NonFiniteError for NaN logits.
     """
     models = [model] if mixture is None else [model, mixture.model]
     with torch.no_grad():
         virtual = [read_virtual(one) for one in models]
-    queue = _build_queue(models, virtual, prompts, params, streams)
+    queue = _build_queue(models, virtual, prompts, params, streams, limits)
     if max_rows < 1:
         raise UserError(f"max_rows is {max_rows}; expected at least 1")
     if not len(queue.prompt_Q):
@@ -160,7 +163,7 @@ def generate(
             kernels_while_sampling(),
         ):
             max_rows = min(max_rows, len(queue.prompt_Q))
-            readers = build_readers(models, virtual, queue.groups, queue.limits, bf16, max_rows, max_cache_bytes)
+            readers = build_readers(models, virtual, queue.groups, queue.group_limits, bf16, max_rows, max_cache_bytes)
             rows = _Rows(readers, mixture.share if mixture is not None else 0.0, tokenizer, queue, params)
             ended = rows.run(progress)
     finally:
@@ -176,10 +179,11 @@ class _Queue:
     """All requests, those of the same prompt side by side: request q is a sample of distinct prompt `group_Q[q]`."""
 
     groups: list[Array]  # the distinct prompts
-    limits: list[int]  # new tokens that each may have
+    group_limits: list[int]  # new tokens that any of its completions may have
     group_Q: Array
     prompt_Q: Array
     sample_Q: Array
+    limits: list[int]  # of each prompt: new tokens that its completions may have
     streams: Sequence[int]  # of each prompt: whose random numbers it draws
 
 
@@ -189,6 +193,7 @@ def _build_queue(
     prompts: Sequence[Array | list[int]],
     params: SamplingParams,
     streams: Sequence[int] | None,
+    limits: Sequence[int] | None,
 ) -> _Queue:
     vocab, *others = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
     if others and others[0] != vocab:
@@ -218,14 +223,29 @@ def _build_queue(
     groups = [np.frombuffer(key, dtype=np.int64) for key in members]
     counts = [len(indices) * params.num_samples for indices in members.values()]
     prompt_indices = np.array([index for indices in members.values() for index in indices], dtype=np.int64)
+    wanted = _read_limits(limits, len(prompts), params)
+    allowed = [min(limit, room - len(prompt)) for limit, prompt in zip(wanted, prompts, strict=True)]
     return _Queue(
         groups=groups,
-        limits=[min(params.max_new_tokens, room - len(ids)) for ids in groups],
+        group_limits=[max(allowed[index] for index in indices) for indices in members.values()],
         group_Q=np.repeat(np.arange(len(groups)), counts),
         prompt_Q=np.repeat(prompt_indices, params.num_samples),
         sample_Q=np.tile(np.arange(params.num_samples), len(prompt_indices)),
+        limits=allowed,
         streams=range(len(prompts)) if streams is None else streams,
     )
+
+
+def _read_limits(limits: Sequence[int] | None, num_prompts: int, params: SamplingParams) -> Sequence[int]:
+    """The new tokens that each prompt is meant to have at most."""
+    if limits is None:
+        return [params.max_new_tokens] * num_prompts
+    if len(limits) != num_prompts or min(limits, default=1) < 1:
+        raise UserError(
+            f"limits: {len(limits)} numbers for {num_prompts} prompts, the smallest {min(limits, default=None)}; "
+            "expected a number for each prompt, at least 1"
+        )
+    return limits
 
 
 @contextlib.contextmanager
@@ -279,8 +299,8 @@ class _Rows:
         self.key = np.zeros(num_slots, dtype=np.uint64)
         self.last_token = np.zeros(num_slots, dtype=np.int64)
         self.reason = np.zeros(num_slots, dtype=np.int64)
-        self.tokens = np.zeros((num_slots, max(queue.limits)), dtype=np.int64)
-        self.logprobs = np.zeros((num_slots, max(queue.limits)), dtype=np.float32)
+        self.tokens = np.zeros((num_slots, max(queue.group_limits)), dtype=np.int64)
+        self.logprobs = np.zeros((num_slots, max(queue.group_limits)), dtype=np.float32)
         self.tables: tuple[Array, ...] = (
             *(self.request, self.prompt_length, self.num_tokens, self.limit, self.key, self.last_token, self.reason),
             *(self.tokens, self.logprobs),
@@ -320,7 +340,7 @@ class _Rows:
         slots = np.arange(first, first + count)
         self.request[slots] = requests
         self.prompt_length[slots] = [len(queue.groups[g]) for g in groups]
-        self.limit[slots] = [queue.limits[g] for g in groups]
+        self.limit[slots] = [queue.limits[p] for p in queue.prompt_Q[requests]]
         self.num_tokens[slots] = 0
         self.reason[slots] = LIVE
         if self.params.temperature > 0:

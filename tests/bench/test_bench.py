@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import channel, report
+from bench import channel, curves, polm_side, report
 from bench.flops import Cost, decode_pairs
 from bench.setup import Spec, answer_lengths, draw_lengths, instructions
 from polm.tokens import build_completions, collate
@@ -74,6 +74,50 @@ def test_different_work_is_refused() -> None:
     with pytest.raises(SystemExit, match="not the same work"):
         bench.check_guards("sft", "fp32", workers)
     bench.check_guards("sft", "bf16", workers)
+
+
+class Counted:
+    """A channel that keeps what a side sends, and stops it after two repetitions."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+
+    def send(self, **values: Any) -> None:
+        self.sent.append(values)
+
+    def wait(self) -> None:
+        if len(self.sent) == 3:
+            raise channel.Done
+
+
+@pytest.mark.parametrize(
+    ("work", "side"), [*((work, "polm") for work in polm_side.RUNS), ("midtrain", "live"), ("midtrain", "ntp")]
+)
+def test_each_work_runs_on_polms_side(work: str, side: str) -> None:
+    sender = Counted()
+    with pytest.raises(channel.Done):
+        polm_side.RUNS[work](sender, Spec(work, "tiny", side, seconds=0.01))  # type: ignore[arg-type]
+    ready, *results = sender.sent
+    assert ready["ready"]
+    assert (ready["guard"] is None) == (work == "midtrain")
+    for result in results:
+        assert result["seconds"] > 0
+        assert result["units"] > 0
+        assert result["flops"] > 0
+
+
+def test_every_work_has_a_side_and_a_title() -> None:
+    assert set(bench.MODELS) == set(polm_side.RUNS) == set(report.WORK)
+
+
+@pytest.mark.parametrize("name", curves.CURVES)
+def test_each_curve_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, *words = curves.CURVES[name]
+    monkeypatch.setitem(curves.CURVES, name, (lambda vocab: build(vocab)[:3], *words))
+    monkeypatch.setattr(curves.torch, "set_num_threads", lambda _: None)
+    points = curves.measure(name, "tiny", 1, "fp32", repeats=1)
+    assert all(point["ms"] > 0 and point["mflop"] > 0 for point in points)
+    assert "(tiny)" in curves.describe(name, points)
 
 
 def test_a_whole_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -314,6 +314,26 @@ def test_stop_tokens_and_lengths(llama: PreTrainedModel, words: PreTrainedTokeni
     assert [(len(c.tokens), c.finish) for c in near_end] == [(4, "length"), (1, "length")]
 
 
+def test_a_limit_for_each_prompt(llama: PreTrainedModel, words: PreTrainedTokenizerFast) -> None:
+    """Each prompt's completions are what they are without it, cut; also where two prompts are the same one."""
+    prompts = draw_prompts([5, 8, 3, 62])
+    prompts.append(prompts[1])
+    params = SamplingParams(max_new_tokens=12, num_samples=2, seed=4, ignore_eos=True)
+    whole = generate(llama, words, prompts, params)
+    limits = [3, 12, 1, 9, 7]
+    for max_rows in (256, 3):
+        cut = generate(llama, words, prompts, params, limits=limits, max_rows=max_rows)
+        for before, after in zip(whole, cut, strict=True):
+            limit = min(limits[after.prompt_index], 64 - len(prompts[after.prompt_index]))
+            assert after.tokens.tolist() == before.tokens[:limit].tolist()
+            assert (len(after.tokens), after.finish) == (limit, "length")
+    # It stands in the place of `max_new_tokens`.
+    assert len(generate(llama, words, prompts[:1], SamplingParams(2, ignore_eos=True), limits=[5])[0].tokens) == 5
+    for wrong in ([1, 2], [1, 2, 3, 4, 0]):
+        with pytest.raises(UserError, match="a number for each prompt, at least 1"):
+            generate(llama, words, prompts, params, limits=wrong)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_model_is_left_as_it_was(words: PreTrainedTokenizerFast, bf16: bool) -> None:
     model = prepare_model(build("qwen3"), "qwen3")
