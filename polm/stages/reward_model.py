@@ -28,12 +28,11 @@ from polm.stages.common import (
     StageResult,
     add_ledger,
     input_file,
-    load_scalar_base,
     new_ledger,
-    refuse_adapter,
     start_stage,
     train_on_trees,
 )
+from polm.stages.scalar import Head, load_scalar_learner
 from polm.tokens import Array, Tree
 
 
@@ -44,10 +43,8 @@ def run(settings: RewardModelSettings, context: Context) -> StageResult:
     `holdout.json` (accuracy, calibration with its table, length).
     """
     start_stage(settings, context)
-    refuse_adapter(settings, "reward_model")
-    base = load_scalar_base(
-        context.inputs["base"], "sequence", num_labels=1, spread=settings.head_spread, seed=settings.seed
-    )
+    head = Head("sequence", num_labels=1, spread=settings.head_spread, seed=settings.seed)
+    base = load_scalar_learner(context, context.inputs["base"], settings.adapter, head)
     pairs = read_preferences(input_file(context, "data", "preferences.jsonl"))
     train_pairs, held_pairs = split_holdout(pairs, settings.holdout_share, settings.seed)
     ledger, held_ledger = new_ledger(), new_ledger()
