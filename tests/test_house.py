@@ -319,6 +319,7 @@ def test_there_is_no_stage_beside_the_table() -> None:
         "common",
         "rollout_source",
         "rollouts",
+        "scalar",
         "table",
     }
     assert files == set(STAGES)
