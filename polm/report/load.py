@@ -150,8 +150,8 @@ class Microscope:
 
 @dataclass(frozen=True)
 class RolloutSample:
-    """One sampled answer of RL with its verdict and its advantage; `reward` where it is not the verdict's 0 or 1; `note`
-    says why there is none."""
+    """One sampled answer of RL with its verdict and its advantage; `reward` where it is not the verdict's 0 or 1;
+    `note` says why there is none."""
 
     text: str
     status: str

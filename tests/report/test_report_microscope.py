@@ -145,6 +145,6 @@ def test_rewards_that_are_no_verdicts() -> None:
         assert words in text
     assert "right, reward 1, advantage +1.00" in text
     assert "no known answer" in text
-    assert "expected answer: <code>7</code>; 1 of 4 right" in _build_group(RolloutGroup(1, "p", 7.0, samples)).replace(
+    assert "expected answer: <code>7</code>; 1 of 5 right" in _build_group(RolloutGroup(1, "p", 7.0, samples)).replace(
         "7.0", "7"
     )
