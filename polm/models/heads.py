@@ -42,6 +42,7 @@ from polm.models.loading import (
     require_source,
     switch_to_forest,
 )
+from polm.models.quantize import build_quantization, keep_differentiable
 
 Layout = Literal["sequence", "token"]
 CLASSES: dict[Layout, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
@@ -122,6 +123,33 @@ def load_scalar_model(
     if int(model.config.num_labels) != num_labels:
         raise ModelError(f"{name} has {model.config.num_labels} labels, and {num_labels} are needed here")
     return prepare_scalar_model(model.to(device), name, layout)
+
+
+def load_quantized_classifier(
+    source: str | Path, layout: Layout, *, num_labels: int, quantize: str, spread: float | None, seed: int
+) -> PreTrainedModel:
+    """The classifier of a checkpoint, all linear layers but the head in 4 bits (`models/quantize.py`).
+
+    A language model is given a fresh head, as `build_scalar_model` makes it. Raises ModelError as `load_scalar_model`
+    does.
+    """
+    name = require_source(source, "model")
+    more = build_quantization(quantize, skip=(*HEADS, "lm_head"))
+    model: PreTrainedModel
+    try:
+        model, report = CLASSES[layout].from_pretrained(
+            **locate(name), num_labels=num_labels, dtype=torch.float32, output_loading_info=True, **more
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
+    keep_differentiable(model)
+    missing = [key for key in report["missing_keys"] if not key.startswith(HEADS)]
+    require_all_weights(missing, name)
+    if len(missing) < len(report["missing_keys"]):
+        head = _require_head(model, name)
+        width = head.weight.shape[1]
+        _fill_linear(head, 1.0 / math.sqrt(width + 1) if spread is None else spread, seed)
+    return prepare_scalar_model(model, name, layout)
 
 
 def build_scalar_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from polm.errors import UserError
 PACKS = "support_avx512bf16_for_cpu"  # attribute of a layer in 4 bits
 
 
-def build_quantization(kind: str) -> dict[str, Any]:
+def build_quantization(kind: str, skip: Sequence[str] | None = None) -> dict[str, Any]:
     """Arguments of `from_pretrained` for `nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314,
-    section 3), products in bf16 on a GPU and in float32 on a CPU. Raises UserError where it cannot run."""
+    section 3), products in bf16 on a GPU and in float32 on a CPU. Layers named in `skip` stay as they are; None = the
+    output head does. Raises UserError where it cannot run."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -35,6 +37,7 @@ def build_quantization(kind: str) -> dict[str, Any]:
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if on_gpu else torch.float32,
+        llm_int8_skip_modules=list(skip) if skip is not None else None,  # of 4 bits too, despite its name
     )
     return {"quantization_config": config, "device_map": {"": torch.cuda.current_device() if on_gpu else "cpu"}}
 

@@ -9,7 +9,7 @@ from polm.engine.adapted import find_layout, load_classifier, load_own_tokenizer
 from polm.engine.device import pick_device
 from polm.errors import ModelError, RecipeError
 from polm.models.adapters import attach_adapter, is_adapter_folder
-from polm.models.heads import Layout, build_scalar_model
+from polm.models.heads import Layout, build_scalar_model, load_quantized_classifier
 from polm.models.loading import model_folder, save_model
 from polm.recipe_adapter import AdapterSettings
 from polm.stages.common import Base, Context, encode_init_text, load_base
@@ -54,8 +54,6 @@ def load_scalar_learner(
     folder = model_folder(source)
     if adapter is None:
         return load_scalar_base(source, head)
-    if adapter.quantize is not None:
-        raise RecipeError("adapter.quantize is for language models; leave it out: the frozen base stays in float32")
     if adapter.kind == "continue":
         found = find_layout(folder) if is_adapter_folder(folder) else None
         if found is None:
@@ -66,7 +64,8 @@ def load_scalar_learner(
         _require_layout(folder, found, head.layout)
         model = load_classifier(folder, num_labels=head.num_labels, device=pick_device(), trained=True)
         return _set_padding(Base(model, load_own_tokenizer(folder), folder))
-    base, name = load_scalar_base(source, head), folder
+    name = folder
+    base = load_scalar_base(source, head) if adapter.quantize is None else _load_quantized(folder, head, adapter)
     if is_adapter_folder(folder):
         name = str(context.workdir / base_folder)
         save_model(base.model, base.tokenizer, context.workdir / base_folder)
@@ -74,6 +73,18 @@ def load_scalar_learner(
     text = encode_init_text(base.tokenizer, adapter)
     attach_adapter(base.model, adapter, name, seed=mix_seed(head.seed, 0), init_ids=text)
     return base
+
+
+def _load_quantized(folder: str, head: Head, adapter: AdapterSettings) -> Base:
+    """`load_scalar_base` in 4 bits; the whole model is never in memory."""
+    assert adapter.quantize is not None
+    if is_adapter_folder(folder):
+        raise RecipeError(f"adapter.quantize, and base={folder} is an adapter: merge it first (polm merge_adapter)")
+    _require_layout(folder, find_layout(folder) or head.layout, head.layout)
+    model = load_quantized_classifier(
+        folder, head.layout, num_labels=head.num_labels, quantize=adapter.quantize, spread=head.spread, seed=head.seed
+    )
+    return _set_padding(Base(model, load_own_tokenizer(folder), folder))
 
 
 def _require_layout(name: str, found: Layout, wanted: Layout) -> None:

@@ -309,6 +309,27 @@ def test_a_stopped_run_goes_on_to_the_same_bits(artifact: Any, hash_files: Any, 
     assert hash_files(tmp_path / "parts" / "model") == hash_files(tmp_path / "whole" / "model")
 
 
+@pytest.mark.parametrize("name", ["sft", "reward_model"])
+def test_on_a_base_in_4_bits(name: str, artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """From a language model and from a reward model; only adapter and head are saved, as without quantising, and they
+    learn as on the base in float32, up to the quantisation."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+    lines = {}
+    for kind, more in (("plain", {}), ("nf4", {"quantize": "nf4"})):
+        inputs = {"base": str(artifact(name))}
+        run_reward_model(artifact, tmp_path / kind, {**KINDS["lora"], **more}, inputs=inputs, updates=6)
+        lines[kind] = [line["loss"] for line in read_rows(tmp_path / kind / "metrics.jsonl")]
+    assert lines["nf4"] != lines["plain"]
+    assert lines["nf4"][0] == pytest.approx(lines["plain"][0], abs=0.15)
+    assert lines["nf4"][-1] < lines["nf4"][0]
+    saved = [load_file(tmp_path / kind / "model" / WEIGHTS) for kind in lines]
+    assert saved[0].keys() == saved[1].keys()
+    assert load_reward_model(tmp_path / "nf4" / "model").model.config.num_labels == 1
+    inputs = {"base": str(tmp_path / "plain")}
+    with pytest.raises(RecipeError, match="is an adapter: merge it first"):
+        run_reward_model(artifact, tmp_path / "on", {"kind": "lora", "quantize": "nf4"}, inputs=inputs)
+
+
 # ---- a critic --------------------------------------------------------------------------------------------------------
 
 
@@ -355,8 +376,6 @@ def test_adapters_of_another_kind(artifact: Any, trained: Any, trained_steps: An
         load_reward_model(f"{steps}/model")
     with pytest.raises(ModelError, match="belongs to a reward model or another classifier"):
         load_base(answers)
-    with pytest.raises(RecipeError, match=r"adapter\.quantize is for language models"):
-        run_reward_model(artifact, tmp_path / "b", {"kind": "lora", "quantize": "nf4"})
     with pytest.raises(RecipeError, match=r"continue, but base=.* is no adapter of a sequence classifier"):
         run_reward_model(artifact, tmp_path / "c", {"kind": "continue"})
     with pytest.raises(
