@@ -221,14 +221,14 @@ def _nearest(name: str, allowed: Iterable[str]) -> str:
 
 def semantic_values(settings: Settings) -> dict[str, Any]:
     """The settings that change an artifact's content: the input of its key. Cadences and the like stay out, and so does
-    a later-born section while it is not given: it changes nothing, and what was made before keeps its key."""
+    a later-born knob at its default: it changes nothing, and what was made before keeps its key."""
     out: dict[str, Any] = {}
     for name, field in type(settings).model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("semantic") is False:
             continue
         value = getattr(settings, name)
-        if isinstance(extra, dict) and extra.get("semantic") == "if given" and value is None:
+        if isinstance(extra, dict) and extra.get("semantic") == "if given" and value == field.default:
             continue
         out[name] = semantic_values(value) if isinstance(value, Settings) else _plain(value)
     return out

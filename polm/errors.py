@@ -20,6 +20,25 @@ class DataError(UserError):
     """A data file that cannot be read or used: names the file and, where there is one, the line."""
 
 
+class BadRecordError(DataError):
+    """A record of a kind that happens in real data and cannot be learned from. `reason` is its word in the ledger,
+    where such records are left out (`bad_records: drop`)."""
+
+    reason = "bad"
+
+
+class PromptsDifferError(BadRecordError):
+    """A pair whose answers are to different prompts."""
+
+    reason = "prompts_differ"
+
+
+class EmptyAnswerError(BadRecordError):
+    """An answer of which the chat template leaves no token."""
+
+    reason = "empty"
+
+
 class ModelError(UserError):
     """A model or tokenizer that cannot be loaded, or that cannot do what the stage needs."""
 

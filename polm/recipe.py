@@ -162,7 +162,17 @@ class MidtrainSettings(PackedSettings):
         return self.top_k if self.weighting == "distill" else int(is_plausible(self.weighting, self.shuffles))
 
 
-class SFTSettings(PackedSettings):
+class RecordSettings(PackedSettings):
+    """What the stages have that read conversations, pairs or judged answers."""
+
+    bad_records: Literal["error", "drop"] = Field(
+        "error",
+        description="a pair whose prompts differ, an answer of which the template leaves nothing",
+        json_schema_extra={"semantic": "if given"},
+    )
+
+
+class SFTSettings(RecordSettings):
     loss: Literal["nll", "dft"] = Field("nll", description="dft: each token's loss is weighted by its own probability")
     neftune_alpha: NotNegative = Field(
         0.0, description="NEFTune: scale of the noise on the input embeddings while training; 0 = none, papers use 5"
@@ -194,7 +204,7 @@ PREFERENCE_KNOBS: dict[str, dict[str, Any]] = {
 }
 
 
-class DPOSettings(PackedSettings):
+class DPOSettings(RecordSettings):
     """Preference optimisation. A knob that is left out has the default of the loss (PREFERENCE_KNOBS); one that the
     loss does not read is refused."""
 
@@ -248,7 +258,7 @@ class DPOSettings(PackedSettings):
         return self
 
 
-class RewardModelSettings(PackedSettings):
+class RewardModelSettings(RecordSettings):
     """A reward model from comparisons. `bin_tokens` is also the longest prompt with one answer."""
 
     center_coefficient: NotNegative = Field(0.0, description="weight of (c + r)^2, which keeps rewards around 0")
@@ -372,6 +382,9 @@ class AnnotateSettings(Settings):
     max_tokens: Number = Field(0, description="the longest document of the stage that will read this; 0 = its context")
     too_long: Literal["error", "truncate", "drop", "split"] = "split"
     train_on: Literal["all", "last"] = "all"
+    bad_records: Literal["error", "drop"] = Field(
+        "error", description="as in the stage that will read this", json_schema_extra={"semantic": "if given"}
+    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Number = 1
 

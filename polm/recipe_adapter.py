@@ -47,7 +47,9 @@ class AdapterSettings(Settings):
     )
     rslora: bool | None = Field(None, description="lora: rank-stabilised scaling")
     dora: bool | None = Field(None, description="lora: learn the length of each weight column apart from its direction")
-    quantize: Literal["nf4"] | None = Field(None, description="lora: keep the frozen base in 4 bits (QLoRA; CUDA)")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="lora: keep the frozen base in 4 bits (QLoRA; needs bitsandbytes)"
+    )
     virtual_tokens: Count | None = Field(None, description="prefix, prompt, p_tuning: how many stand before each text")
     encoder_width: Count | None = Field(
         None, description="prefix, p_tuning: hidden width of the MLP that computes them; prefix: none = no MLP"

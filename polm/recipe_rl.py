@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from polm.recipe import OptimizerSettings, RolloutSettings
+from polm.recipe_adapter import MERGING_KINDS, AdapterSettings
 from polm.recipe_types import Count, NotNegative, Positive, Several, Share
 
 
@@ -79,6 +80,11 @@ class PPOSettings(RolloutSettings):
     whiten_rewards: bool = Field(False, description="divide the tokens' rewards by their spread over the rollout")
     whiten_advantages: bool = True
     critic_optimizer: OptimizerSettings = OptimizerSettings()
+    critic_adapter: AdapterSettings | None = Field(
+        None,
+        description="train this and a head on the critic's frozen trunk, in place of all its weights: lora or ia3",
+        json_schema_extra={"semantic": "if given"},
+    )
 
     @model_validator(mode="after")
     def _check_ppo(self) -> PPOSettings:
@@ -86,6 +92,11 @@ class PPOSettings(RolloutSettings):
             raise ValueError("prompts_per_rollout must be at least minibatches: each takes whole groups")
         if self.kl_target is not None and (self.kl_in == "loss" or self.kl_beta == 0):
             raise ValueError("kl_target steers a KL penalty in the reward: it needs kl_in: reward and kl_beta above 0")
+        if self.critic_adapter is not None and self.critic_adapter.kind not in MERGING_KINDS:
+            raise ValueError(
+                f"critic_adapter.kind is {self.critic_adapter.kind}; a critic takes {' or '.join(MERGING_KINDS)} "
+                "(virtual tokens would leave it less room than the policy has)"
+            )
         answers = self.prompts_per_rollout * self.samples
         if self.kl_target is not None and self.kl_horizon < answers:
             raise ValueError(f"kl_horizon must be at least the {answers} answers of a rollout, or kl_beta would jump")

@@ -83,6 +83,7 @@ READ_ELSEWHERE = {
     "WordProblemsData.seed": "data stage, with published files",
     "WordProblemsData.holdout_share": "data stage, with published files",
     "AnnotateSettings.train_on": "annotate stage, with data: sft",
+    "AnnotateSettings.bad_records": "annotate stage, with data: sft or preferences",
     "FilesData.media": "data stage, with records that refer to images",
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
@@ -319,6 +320,7 @@ def test_there_is_no_stage_beside_the_table() -> None:
         "common",
         "rollout_source",
         "rollouts",
+        "scalar",
         "table",
     }
     assert files == set(STAGES)

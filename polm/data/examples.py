@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerFast
 
 from polm.data.records import Conversation, Document, Feedback, Message, Preference
 from polm.data.tree_store import TreeWriter
-from polm.errors import DataError, UserError
+from polm.errors import BadRecordError, DataError, UserError
 from polm.text.chat import RenderedChat, render_chat, render_prompt
 from polm.text.tokenizer import unknown_id
 from polm.tokens import Array, Segment, Tree, build_completions, build_document
 
 Policy = Literal["error", "truncate", "drop", "split"]
+BadRecords = Literal["error", "drop"]
 Ledger = Counter[str]
 
 
@@ -170,6 +171,7 @@ def build_conversation_trees(
     train_on: Literal["all", "last"],
     ledger: Ledger,
     folder: Path | None = None,
+    bad_records: BadRecords = "error",
 ) -> Sequence[Tree]:
     """A root per conversation whose targets are the assistant's tokens, tool calls among them."""
     trees = open_trees(folder)
@@ -177,6 +179,9 @@ def build_conversation_trees(
         try:
             rendered = render_conversation(tokenizer, conversation, train_on)
             weights = weigh_conversation(tokenizer, conversation, rendered)
+        except BadRecordError as error:
+            drop_bad_record(bad_records, ledger, error, f"conversation {number}")
+            continue
         except UserError as error:
             raise type(error)(f"conversation {number}: {error}") from error
         count_read(tokenizer, rendered.token_ids, ledger)
@@ -200,6 +205,7 @@ def build_preference_trees(
     ledger: Ledger,
     folder: Path | None = None,
     supervise: Literal["all", "end"] = "all",
+    bad_records: BadRecords = "error",
 ) -> Sequence[Tree]:
     """A prompt with two children for each pair: chosen (mark sign = 1) and rejected (sign = -1).
 
@@ -208,7 +214,11 @@ def build_preference_trees(
     """
     trees = open_trees(folder)
     for number, pair in enumerate(preferences):
-        prompt, answers = encode_answers(tokenizer, pair.prompt, (pair.chosen, pair.rejected), f"pair {number}")
+        try:
+            prompt, answers = encode_answers(tokenizer, pair.prompt, (pair.chosen, pair.rejected), f"pair {number}")
+        except BadRecordError as error:
+            drop_bad_record(bad_records, ledger, error)
+            continue
         count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
         if pair.margin:
             ledger["margins"] += 1
@@ -254,6 +264,7 @@ def build_feedback_trees(
     too_long: Policy,
     ledger: Ledger,
     folder: Path | None = None,
+    bad_records: BadRecords = "error",
 ) -> Sequence[Tree]:
     """A prompt with one child for each judged answer: mark sign = 1 (label true) or -1 (false).
 
@@ -262,7 +273,11 @@ def build_feedback_trees(
     trees = open_trees(folder)
     signs: Counter[float] = Counter()
     for number, record in enumerate(feedback):
-        prompt, answers = encode_answers(tokenizer, record.prompt, (record.completion,), f"record {number}")
+        try:
+            prompt, answers = encode_answers(tokenizer, record.prompt, (record.completion,), f"record {number}")
+        except BadRecordError as error:
+            drop_bad_record(bad_records, ledger, error)
+            continue
         count_read(tokenizer, np.concatenate([prompt, *answers]), ledger)
         kept = fit_answers(prompt, answers, context, too_long, f"record {number}", ledger)
         if kept is not None:
@@ -322,7 +337,7 @@ def encode_answers(
         whole = [[*messages, {"role": "assistant", "content": text}] for text in answers]
         rendered = [render_chat(tokenizer, conversation, train_on="last") for conversation in whole]
     except DataError as error:
-        raise DataError(f"{what}: {error}") from error
+        raise type(error)(f"{what}: {error}") from error
     return prompt, [conversation.token_ids[len(prompt) :] for conversation in rendered]
 
 
@@ -342,6 +357,20 @@ def fit_answers(
         fit_context(np.concatenate([prompt, longest]), context, "error", what, ledger)
     fitted = [a if len(a) <= room else fit_context(a, room, "truncate", what, ledger) for a in answers]
     return [a for a in fitted if a is not None]
+
+
+def drop_bad_record(bad_records: BadRecords, ledger: Ledger, error: BadRecordError, what: str = "") -> None:
+    """Enter a record that cannot be learned from as read and dropped, by its reason; or raise `error` with the cure.
+
+    Its tokens are not counted: there is no example to count them of.
+    """
+    if bad_records == "error":
+        where = f"{what}: " if what else ""
+        cure = "Correct it, or set bad_records: drop, which leaves such records out and counts them"
+        raise type(error)(f"{where}{error}. {cure}") from error
+    ledger["read"] += 1
+    ledger["dropped"] += 1
+    ledger[f"dropped_{error.reason}"] += 1
 
 
 def count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -> None:

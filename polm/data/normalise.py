@@ -13,7 +13,7 @@ from typing import Any
 from polm.data.files import join_names, name_type, parse_json
 from polm.data.messages import build_message, build_messages, build_tools, read_media, split_transcript
 from polm.data.records import Conversation, Document, Feedback, Message, Preference, Prompt, Row, Stepwise
-from polm.errors import DataError
+from polm.errors import DataError, PromptsDifferError
 
 PREFERENCE_FORMATS = (
     '{"prompt": "...", "chosen": "...", "rejected": "..."}, the same with lists of messages, chosen and rejected alone '
@@ -213,14 +213,16 @@ def build_preference(place: str, row: Row) -> Preference:
         # A full conversation beside an explicit prompt repeats that prompt; what follows it is the reply.
         reply = side[len(begin) :] if len(side) > 1 and side[: len(begin)] == begin else side
         if len(reply) != 1 or reply[0]["role"] != "assistant" or "tool_calls" in reply[0]:
-            raise DataError(
+            # More than one message behind what both share: they part before the reply.
+            kind = PromptsDifferError if len(reply) > 1 else DataError
+            raise kind(
                 f"{place}: {column} must end in exactly one assistant message after the common prompt, "
                 f"found {len(reply)} ({', '.join(message['role'] for message in reply)}). "
                 f"Formats for this use: {PREFERENCE_FORMATS}."
             )
         replies.append(reply[0]["content"])
     if not begin:
-        raise DataError(f"{place}: chosen and rejected have no common beginning, so there is no prompt")
+        raise PromptsDifferError(f"{place}: chosen and rejected have no common beginning, so there is no prompt")
     chosen, rejected = replies
     return Preference(begin, chosen, rejected, read_margin(place, row))
 

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -31,8 +31,9 @@ from polm.data.records import Conversation, Document, Feedback, Row, Stepwise
 from polm.data.records import Message as Message
 from polm.data.records import Preference as Preference
 from polm.data.records import Prompt as Prompt
-from polm.errors import DataError, StoreError
+from polm.errors import BadRecordError, DataError, StoreError
 
+OnBad = Callable[[BadRecordError], None]  # counts a bad record, or raises
 PROMPT_COLUMNS = frozenset(field.name for field in fields(Prompt)) - {"columns"}
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 
@@ -67,21 +68,29 @@ def read_conversations(path: Path) -> list[Conversation]:
     return list(iterate_conversations(path))
 
 
-def iterate_preferences(path: Path) -> Iterator[Preference]:
+def iterate_preferences(path: Path, on_bad: OnBad | None = None) -> Iterator[Preference]:
     """Reads preference pairs (see `normalise.PREFERENCE_FORMATS`).
 
     Without a prompt, the prompt is what the two conversations have in common at their beginning. An empty reply is
-    kept: it means that the model ends its turn at once.
+    kept: it means that the model ends its turn at once. A pair whose prompts differ is handed to `on_bad` and left out.
 
     Raises:
-        DataError: an unknown layout, or replies of more than one message.
+        DataError: an unknown layout; without `on_bad` also a pair whose prompts differ.
     """
-    return (build_preference(f"{path}:{line}", row) for line, row in read_rows(path))
+    for line, row in read_rows(path):
+        try:
+            pair = build_preference(f"{path}:{line}", row)
+        except BadRecordError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+        else:
+            yield pair
 
 
-def read_preferences(path: Path) -> list[Preference]:
+def read_preferences(path: Path, on_bad: OnBad | None = None) -> list[Preference]:
     """All of `iterate_preferences`."""
-    return list(iterate_preferences(path))
+    return list(iterate_preferences(path, on_bad))
 
 
 def iterate_feedback(path: Path) -> Iterator[Feedback]:

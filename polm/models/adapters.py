@@ -2,7 +2,8 @@
 
 `peft` changes the layers of our model in place (LoRA, DoRA, IA3) or keeps an encoder of virtual tokens, which we hang
 into the model. Either way the model stays the `PreTrainedModel` that everything else works on: its parameters that
-require a gradient are the adapter's, and it remembers its `Adapter`.
+require a gradient are the adapter's, and it remembers its `Adapter`. A classifier's head is trained and saved with the
+adapter, as a whole.
 
 On disk an adapter is a folder in peft's own layout, with BASE_FILE beside it: which base it belongs to.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.errors import ModelError, UserError
 from polm.models.forest_attention import FOREST
+from polm.models.heads import (
+    HEADS,
+    SEPARATOR_FIELD,
+    Layout,
+    check_forest_values,
+    compute_own_values,
+    find_scalar_head,
+    name_layout,
+    random_head,
+)
 from polm.models.loading import build_check_ids, check_forest_logits, first_line, locate, whole_folder
 from polm.models.virtual import VIRTUAL, VirtualTokens
 from polm.recipe_adapter import AdapterSettings
@@ -36,6 +47,9 @@ BASE_FILE = "polm_base.json"
 ADAPTER = "polm_adapter"  # attribute of a model
 # peft's names of the kinds that we know; the value says whether the kind goes into the base's weights.
 KNOWN_TYPES = {"LORA": True, "IA3": True, "PREFIX_TUNING": False, "PROMPT_TUNING": False, "P_TUNING": False}
+# peft's names of what a model gives: the next token, or a classifier's values.
+TASKS: dict[Layout | None, str] = {None: "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+PROMPT_PARTS = (".prompt_encoder.", ".modules_to_save.")  # in the names of what virtual tokens train
 CONTINUED_TYPES = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING")
 
 
@@ -85,7 +99,8 @@ def adapter_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def attach_adapter(
     model: PreTrainedModel, settings: AdapterSettings, base: str, *, seed: int, init_ids: Sequence[int] = ()
 ) -> PreTrainedModel:
-    """Put a fresh adapter on a model from `load_model` and freeze everything else; returns the same model.
+    """Put a fresh adapter on a language model or a classifier and freeze all but it (and the classifier's head);
+    returns the same model.
 
     `base` is the folder or hub id that the model came from; `init_ids` are the tokens of `init_text`. Raises
     ModelError for layers that the model does not have, and for a model that peft or the forest cannot adapt.
@@ -109,10 +124,11 @@ def attach_adapter(
 
 
 def _build_config(peft: Any, model: PreTrainedModel, s: AdapterSettings) -> Any:
-    """peft's configuration of a kind."""
+    """peft's configuration of a kind. For a classifier peft trains and keeps the head too."""
+    task = TASKS[name_layout(model)]
     if s.kind == "lora":
         return peft.LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=s.rank,
             lora_alpha=s.alpha,
             lora_dropout=s.dropout,
@@ -123,8 +139,8 @@ def _build_config(peft: Any, model: PreTrainedModel, s: AdapterSettings) -> Any:
     if s.kind == "ia3":
         targets = choose_targets(model, s.targets)
         feedforward = [name for name in s.feedforward or () if s.targets != "all-linear" or name in targets]
-        return peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": s.virtual_tokens}
+        return peft.IA3Config(task_type=task, target_modules=targets, feedforward_modules=feedforward)
+    common: dict[str, Any] = {"task_type": task, "num_virtual_tokens": s.virtual_tokens}
     if s.kind == "prefix":
         width = s.encoder_width
         return peft.PrefixTuningConfig(**common, prefix_projection=width is not None, encoder_hidden_size=width)
@@ -133,9 +149,14 @@ def _build_config(peft: Any, model: PreTrainedModel, s: AdapterSettings) -> Any:
     return peft.PromptEncoderConfig(**common, encoder_hidden_size=s.encoder_width)
 
 
+def _find_head(model: PreTrainedModel) -> nn.Module | None:
+    """The layer that gives logits, or a classifier's values; it is not adapted."""
+    return find_scalar_head(model) or model.get_output_embeddings()
+
+
 def list_linear_layers(model: PreTrainedModel) -> list[str]:
     """The names of the linear layers without their place, the output head left out: q_proj, down_proj, …"""
-    head = model.get_output_embeddings()
+    head = _find_head(model)
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -146,7 +167,7 @@ def list_linear_layers(model: PreTrainedModel) -> list[str]:
 
 def choose_targets(model: PreTrainedModel, targets: str | Sequence[str] | None) -> list[str]:
     """The layers to adapt, each by the last part of its name or by the whole; ModelError for one that is not there."""
-    head = model.get_output_embeddings()
+    head = _find_head(model)
     known = list_linear_layers(model)
     if targets is None or isinstance(targets, str):
         return known
@@ -154,7 +175,8 @@ def choose_targets(model: PreTrainedModel, targets: str | Sequence[str] | None) 
     unknown = [t for t in targets if not any(name == t or name.endswith("." + t) for name in full)]
     if unknown:
         is_head = [name for name, module in model.named_modules() if module is head and name in unknown]
-        reason = "; the output head is not adapted, as its logits are computed in chunks" if is_head else ""
+        why = "its logits are computed in chunks" if name_layout(model) is None else "it is trained as a whole"
+        reason = f"; the output head is not adapted, as {why}" if is_head else ""
         raise ModelError(
             f"adapter targets {unknown}: {model.config.model_type} has no such linear layer (it has: "
             f"{', '.join(known)}; all-linear takes them all){reason}"
@@ -168,17 +190,35 @@ def _adopt(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     if not adapter.merges:
         model.add_module("prompt_encoder", adapter.wrapper.prompt_encoder)
         setattr(model, VIRTUAL, functools.partial(_read_virtual, adapter))
-    ids = build_check_ids(model)
-    model.eval()
-    check_forest_logits(model, ids, _compute_own_logits(model, adapter, ids), adapter.base)
+    with _telling_head(model):
+        _check(model, _compute_own(model, adapter), adapter.base)
     return model.train()
 
 
+def _telling_head(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Within, a classifier's head lets every difference through."""
+    return nullcontext() if name_layout(model) is None else random_head(model)
+
+
+def _check(model: PreTrainedModel, expected: Tensor, name: str) -> None:
+    """ModelError where the forest does not give what `_compute_own` gave."""
+    ids_T = build_check_ids(model)
+    model.eval()
+    if name_layout(model) is None:
+        check_forest_logits(model, ids_T, expected, name)
+    else:
+        check_forest_values(model, ids_T, expected, name)
+
+
 @torch.no_grad()
-def _compute_own_logits(model: PreTrainedModel, adapter: Adapter, ids_T: Tensor) -> Tensor:
-    """Logits [T, V] of peft's forward over one sequence, with the attention of `transformers`."""
+def _compute_own(model: PreTrainedModel, adapter: Adapter) -> Tensor:
+    """What peft's forward gives with the attention of `transformers`: logits [T, V], or a classifier's values."""
+    ids_T, layout = build_check_ids(model), name_layout(model)
+    model.eval()
     model.set_attn_implementation("eager")
     try:
+        if layout is not None:
+            return compute_own_values(adapter.wrapper, layout, ids_T)
         logits: Tensor = adapter.wrapper(input_ids=ids_T[None], use_cache=False).logits[0, -len(ids_T) :]
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ModelError(
@@ -246,14 +286,13 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
             "before every text, and no change of the base's weights does the same. Keep base and adapter side by side "
             "(every stage reads the adapter's folder), or go on training it with adapter.kind=continue"
         )
-    ids = build_check_ids(model)
-    model.eval()
-    expected = _compute_own_logits(model, adapter, ids)
-    merged: PreTrainedModel = adapter.wrapper.merge_and_unload()
-    delattr(merged, ADAPTER)
-    for parameter in merged.parameters():
-        parameter.requires_grad_(True)
-    check_forest_logits(merged, ids, expected, f"{adapter.base} with its adapter merged")
+    with _telling_head(model):
+        expected = _compute_own(model, adapter)
+        merged: PreTrainedModel = adapter.wrapper.merge_and_unload()
+        delattr(merged, ADAPTER)
+        for parameter in merged.parameters():
+            parameter.requires_grad_(True)
+        _check(merged, expected, f"{adapter.base} with its adapter merged")
     return merged.train()
 
 
@@ -279,8 +318,8 @@ def save_adapter(
         adapter.wrapper.save_pretrained(str(temporary), save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # a model card to be filled in by hand
         _sort_config(temporary / CONFIG)
-        note = {"base": adapter.base if not is_local else os.path.relpath(path, folder.resolve())}
-        note["fingerprint"] = base_fingerprint
+        note: dict[str, Any] = {"base": adapter.base if not is_local else os.path.relpath(path, folder.resolve())}
+        note |= {"fingerprint": base_fingerprint, **_note_labels(model)}
         (temporary / BASE_FILE).write_text(json.dumps(note, indent=2) + "\n")
         tokenizer.save_pretrained(temporary)
 
@@ -288,8 +327,17 @@ def save_adapter(
 def _sort_config(path: Path) -> None:
     """peft writes the targets in the order of a set, which differs from run to run."""
     values: dict[str, Any] = json.loads(path.read_text())
-    lists = {k: sorted(v) for k, v in values.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
+    lists = {k: sorted(set(v)) for k, v in values.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
     path.write_text(json.dumps(values | lists, indent=2, sort_keys=True) + "\n")
+
+
+def _note_labels(model: PreTrainedModel) -> dict[str, Any]:
+    """What a classifier's config says beyond its base's, for which peft has no place."""
+    if name_layout(model) is None:
+        return {}
+    separator = getattr(model.config, SEPARATOR_FIELD, None)
+    names = [str(model.config.id2label[i]) for i in range(int(model.config.num_labels))]
+    return {"labels": names, **({SEPARATOR_FIELD: separator} if separator is not None else {})}
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -309,20 +357,53 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return dict(values)
 
 
+def _read_note(folder: str | Path) -> dict[str, Any]:
+    """What BASE_FILE says; nothing for an adapter from elsewhere."""
+    path = Path(folder) / BASE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); remove it") from error
+
+
+def read_adapter_layout(folder: str | Path) -> Layout | None:
+    """The layout of the classifier that an adapter belongs to; None for a language model's."""
+    task = read_adapter_config(folder).get("task_type")
+    return next((layout for layout, name in TASKS.items() if name == task), None)
+
+
+def read_labels(folder: str | Path) -> tuple[list[str], str | None]:
+    """(names of the labels, separator of steps) of a classifier's adapter.
+
+    One from elsewhere says no names: they are counted on its head. ModelError where it has none.
+    """
+    note = _read_note(folder)
+    names, separator = note.get("labels"), note.get(SEPARATOR_FIELD)
+    if isinstance(names, list) and names:
+        return [str(name) for name in names], None if separator is None else str(separator)
+    try:
+        with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+            found = [key for key in file.keys() if key.endswith(tuple(f"{head}.weight" for head in HEADS))]  # noqa: SIM118
+            num = int(file.get_slice(found[0]).get_shape()[0]) if found else 0
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{Path(folder) / WEIGHTS} cannot be read ({first_line(error)}); copy it again") from error
+    if not num:
+        raise ModelError(
+            f"the adapter {folder} of a classifier lacks the head ({' or '.join(HEADS)}); save it with modules_to_save"
+        )
+    return [f"LABEL_{i}" for i in range(num)], None
+
+
 def locate_base(folder: str | Path) -> tuple[str, str | None]:
     """(folder or hub id of an adapter's base, its fingerprint if it is known).
 
     The path in adapter_config.json is tried first, then the place relative to the adapter. Raises ModelError where
     there is nothing at either.
     """
-    values = read_adapter_config(folder)
+    values, note = read_adapter_config(folder), _read_note(folder)
     named = str(values.get("base_model_name_or_path") or "")
-    note: dict[str, Any] = {}
-    if (Path(folder) / BASE_FILE).is_file():
-        try:
-            note = dict(json.loads((Path(folder) / BASE_FILE).read_text()))
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"{Path(folder) / BASE_FILE} cannot be read ({error}); remove it") from error
     beside = os.path.normpath(Path(folder).resolve() / str(note.get("base", "")))
     for place in (named, beside):
         if place and (Path(place) / "config.json").is_file():
@@ -351,9 +432,16 @@ def _require_all_weights(peft: Any, wrapper: Any, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, base: str, *, trained: bool) -> PreTrainedModel:
-    """Put the adapter of a folder on its base, loaded by `load_model`; with `trained` it can be trained further."""
+    """Put the adapter of a folder on its base, a language model or the classifier that it belongs to; with `trained`
+    it can be trained further."""
     peft = import_peft()
     kind = read_adapter_config(folder)["peft_type"]
+    layout = read_adapter_layout(folder)
+    if layout != name_layout(model):
+        raise ModelError(
+            f"the adapter {folder} belongs to a {f'{layout} classifier' if layout else 'language model'}, and "
+            f"{base} was loaded as a {type(model).__name__}"
+        )
     if trained and kind not in CONTINUED_TYPES:
         raise ModelError(
             f"the adapter {folder} (type {kind}) cannot be trained further: peft keeps what its encoder computed and "
@@ -374,7 +462,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base: str, *, train
         ) from error
     for name, parameter in wrapper.named_parameters():
         parameter.requires_grad_(
-            trained and (".prompt_encoder." in f".{name}" if is_prompt else parameter.requires_grad)
+            trained and (any(part in f".{name}" for part in PROMPT_PARTS) if is_prompt else parameter.requires_grad)
         )
     model = _adopt(model, Adapter(wrapper, base, given={}))
     adapter = find_adapter(model)

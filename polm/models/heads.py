@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +35,14 @@ from transformers import (
 from polm.errors import ModelError
 from polm.models.loading import (
     LOADING_CURE,
+    check_forest,
     first_line,
     locate,
     require_all_weights,
     require_source,
     switch_to_forest,
 )
+from polm.models.quantize import build_quantization, keep_differentiable
 
 Layout = Literal["sequence", "token"]
 CLASSES: dict[Layout, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
@@ -49,8 +54,20 @@ CHECKED_LENGTHS = (3, 5, 8, 12)
 
 
 def find_scalar_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The linear head [L, D] of a classifier; None for a model without one, such as a language model."""
-    return next((head for name in HEADS if isinstance(head := getattr(model, name, None), nn.Linear)), None)
+    """The linear head [L, D] of a classifier; None for a model without one, such as a language model.
+
+    Under an adapter it is the copy that is trained with the adapter, or the original while the adapter is off.
+    """
+    heads = (_unwrap(getattr(model, name, None)) for name in HEADS)
+    return next((head for head in heads if isinstance(head, nn.Linear)), None)
+
+
+def _unwrap(head: Any) -> Any:
+    """The layer that computes behind a wrapper of peft (`modules_to_save`)."""
+    copies = getattr(head, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return head
+    return head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
 
 
 def compute_values(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
@@ -108,6 +125,33 @@ def load_scalar_model(
     return prepare_scalar_model(model.to(device), name, layout)
 
 
+def load_quantized_classifier(
+    source: str | Path, layout: Layout, *, num_labels: int, quantize: str, spread: float | None, seed: int
+) -> PreTrainedModel:
+    """The classifier of a checkpoint, all linear layers but the head in 4 bits (`models/quantize.py`).
+
+    A language model is given a fresh head, as `build_scalar_model` makes it. Raises ModelError as `load_scalar_model`
+    does.
+    """
+    name = require_source(source, "model")
+    more = build_quantization(quantize, skip=(*HEADS, "lm_head"))
+    model: PreTrainedModel
+    try:
+        model, report = CLASSES[layout].from_pretrained(
+            **locate(name), num_labels=num_labels, dtype=torch.float32, output_loading_info=True, **more
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
+    keep_differentiable(model)
+    missing = [key for key in report["missing_keys"] if not key.startswith(HEADS)]
+    require_all_weights(missing, name)
+    if len(missing) < len(report["missing_keys"]):
+        head = _require_head(model, name)
+        width = head.weight.shape[1]
+        _fill_linear(head, 1.0 / math.sqrt(width + 1) if spread is None else spread, seed)
+    return prepare_scalar_model(model, name, layout)
+
+
 def build_scalar_model(
     base: PreTrainedModel,
     layout: Layout,
@@ -135,12 +179,12 @@ def build_scalar_model(
     except (ValueError, RuntimeError) as error:
         other = "token" if layout == "sequence" else "sequence"
         raise ModelError(f"{name} cannot be built: {first_line(error)}. Try the layout {other}") from error
-    _fill_head(model, name, 1.0 / math.sqrt(config.hidden_size + 1) if spread is None else spread, seed)
+    spread = 1.0 / math.sqrt(config.hidden_size + 1) if spread is None else spread
+    _fill_linear(_require_head(model, name), spread, seed)
     return prepare_scalar_model(model.to(base.device), name, layout)
 
 
-def _fill_head(model: PreTrainedModel, name: str, spread: float, seed: int) -> None:
-    head = _require_head(model, name)
+def _fill_linear(head: nn.Linear, spread: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(spread * torch.randn(head.weight.shape, generator=generator))
@@ -151,38 +195,59 @@ def _fill_head(model: PreTrainedModel, name: str, spread: float, seed: int) -> N
 def prepare_scalar_model(model: PreTrainedModel, name: str, layout: Layout) -> PreTrainedModel:
     """Switch a classifier to the forest attention, and check that its values are those of its own forward pass.
 
-    For the check the head is filled with random numbers: one of zeros would hide any difference. A value that is not a
-    finite number is refused with the head as it is.
+    A value that is not a finite number is refused with the head as it is.
     """
     head = _require_head(model, name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # the one before the head, which `compute_values` does not have
             module.p = 0.0
-    kept = [p.detach().clone() for p in head.parameters()]
-    if not all(bool(torch.isfinite(p).all()) for p in kept):
+    if not all(bool(torch.isfinite(p).all()) for p in head.parameters()):
         raise ModelError(f"{name} has a head that is not finite: its weights are damaged; copy or download it again")
-    places = [length - 1 for length in CHECKED_LENGTHS]
-
-    def compute_own(ids: Tensor) -> Tensor:
-        if layout == "token":
-            values_TL: Tensor = model(input_ids=ids[None]).logits[0]
-            return values_TL[places].float()
-        return torch.cat([model(input_ids=ids[None, :length]).logits for length in CHECKED_LENGTHS]).float()
-
-    try:
-        _fill_head(model, name, 1.0 / math.sqrt(head.weight.shape[1]), seed=0)
+    with random_head(model):
         return switch_to_forest(
             model,
             name,
-            own=compute_own,
-            read=lambda hidden_TD: compute_values(model, hidden_TD)[places],
+            own=partial(compute_own_values, model, layout),
+            read=partial(_read_values, model),
             what="values",
             kind=f"a {layout} classifier",
         )
+
+
+@contextmanager
+def random_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the head holds random numbers: a check of values would see no difference through one of zeros."""
+    head = _require_head(model, model.config.model_type)
+    kept = [p.detach().clone() for p in head.parameters()]
+    try:
+        _fill_linear(head, 1.0 / math.sqrt(head.weight.shape[1]), seed=0)
+        yield
     finally:
         with torch.no_grad():
             for parameter, before in zip(head.parameters(), kept, strict=True):
                 parameter.copy_(before)
+
+
+def name_layout(model: PreTrainedModel) -> Layout | None:
+    """The layout of a loaded model; None for a language model."""
+    return next((layout for layout, suffix in SUFFIXES.items() if type(model).__name__.endswith(suffix)), None)
+
+
+def compute_own_values(forward: Callable[..., Any], layout: Layout, ids_T: Tensor) -> Tensor:
+    """Values of a classifier's own forward at the ends of CHECKED_LENGTHS, float32 [lengths, L]."""
+    if layout == "token":  # virtual tokens of an adapter stand before the ids
+        values_TL: Tensor = forward(input_ids=ids_T[None]).logits[0, -len(ids_T) :]
+        return values_TL[[length - 1 for length in CHECKED_LENGTHS]].float()
+    return torch.cat([forward(input_ids=ids_T[None, :length]).logits for length in CHECKED_LENGTHS]).float()
+
+
+def _read_values(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
+    return compute_values(model, hidden_TD)[[length - 1 for length in CHECKED_LENGTHS]]
+
+
+def check_forest_values(model: PreTrainedModel, ids_T: Tensor, expected: Tensor, name: str) -> None:
+    """`check_forest` on the values of a classifier; `expected` is what `compute_own_values` gave."""
+    check_forest(model, ids_T, expected, partial(_read_values, model), name, "values")
 
 
 def _require_head(model: PreTrainedModel, name: str) -> nn.Linear:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from polm.errors import ModelError, StoreError
 from polm.models.forest_attention import FOREST, Attends, build_plan, round_rows
 from polm.models.kernels.install import install_kernels, kernels_while_sampling
-from polm.models.quantize import build_quantization
+from polm.models.quantize import build_quantization, keep_differentiable
 from polm.models.virtual import PrefixPlan, read_virtual
 from polm.tokens import TokenBatch, build_completions, build_document, collate
 
@@ -106,7 +106,10 @@ def load_model(
             "give the model that it was made from"
         )
     require_all_weights(report["missing_keys"], name)
-    return prepare_model(model if more else model.to(device), name)
+    if not more:
+        return prepare_model(model.to(device), name)
+    keep_differentiable(model)
+    return prepare_model(model, name)
 
 
 def require_all_weights(missing_keys: Iterable[str], name: str) -> None:

@@ -150,12 +150,14 @@ class Microscope:
 
 @dataclass(frozen=True)
 class RolloutSample:
-    """One sampled answer of RL with its verdict and its advantage; `reward` where it is not the verdict's 0 or 1."""
+    """One sampled answer of RL with its verdict and its advantage; `reward` where it is not the verdict's 0 or 1;
+    `note` says why there is none."""
 
     text: str
     status: str
     advantage: float = 0.0
     reward: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polm.report.compare import CONTROL, compute_arm, compute_rows, get_lead_arm
-from polm.report.escape import esc
+from polm.report.escape import esc, shorten
 from polm.report.load import Node, RolloutGroup, RolloutSample, Run
 from polm.report.markup import build_details, build_paragraph
 from polm.report.sections_samples import build_text
@@ -13,6 +13,7 @@ from polm.report.sections_samples import build_text
 MAX_GROUPS = 4
 MAX_GROUP_SAMPLES = 16
 MAX_ROLLOUT_TEXT = 600
+MAX_NOTE = 200
 SIGNS = {"right": "✓", "wrong": "✗", "scored": "·"}
 UNJUDGED = ("timeout", "error", "nonsense")
 
@@ -37,11 +38,12 @@ def describe_reward(sample: RolloutSample) -> str:
 
 
 def _build_sample(sample: RolloutSample) -> str:
-    verdict = "right" if sample.status == "right" else "" if sample.status == "scored" else "wrong"
+    verdict = sample.status if sample.status in ("right", "wrong") else ""
     gain = f"{sample.advantage:+.2f}".replace("-", "\u2212") if sample.advantage else "0"
+    note = build_paragraph(shorten(sample.note, MAX_NOTE), "quiet") if sample.note else ""
     return (
         f'<div class="answer"><p class="verdict {verdict}">{SIGNS.get(sample.status, "?")} {esc(sample.status)}, '
-        f"{describe_reward(sample)}, advantage {gain}</p>{build_text(sample.text, MAX_ROLLOUT_TEXT)}</div>"
+        f"{describe_reward(sample)}, advantage {gain}</p>{note}{build_text(sample.text, MAX_ROLLOUT_TEXT)}</div>"
     )
 
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.data.examples import cut_padding, encode_answers, weigh_end
 from polm.data.steps import build_step_tree, encode_separator, encode_steps, split_steps
+from polm.engine.adapted import load_classifier, load_own_tokenizer
 from polm.engine.annotate import compute_tree_values
 from polm.errors import DataError, ModelError
-from polm.models.heads import SEPARATOR_FIELD, load_scalar_model
-from polm.models.loading import load_tokenizer
+from polm.models.heads import SEPARATOR_FIELD
+from polm.models.virtual import read_virtual
 from polm.rewards.base import Reward, RewardItem
 from polm.text.chat import render_chat, render_prompt, stop_token_ids
 from polm.text.tokenizer import fingerprint_tokenizer
@@ -180,7 +181,9 @@ def build_reward(value: float, name: str) -> Reward:
 
 def require_room(model: PreTrainedModel, num_tokens: int) -> None:
     """DataError for an answer that is longer than the model's context."""
+    virtual = read_virtual(model)
     room = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    room -= virtual.num if virtual is not None else 0
     if num_tokens > room:
         raise DataError(f"prompt and answer have {num_tokens} tokens, and the context of the model is {room}")
 
@@ -193,12 +196,13 @@ def load_reward_model(
     bin_tokens: int = BIN_TOKENS,
     bf16: bool = False,
 ) -> RewardModel:
-    """A rewarder from a sequence classification checkpoint with one label (a folder, or a hub id).
+    """A rewarder from a sequence classification checkpoint with one label, or an adapter of one (a folder, or a hub
+    id).
 
     policy   the tokenizer of the model that writes the answers; None = its tokens are never read
     """
-    tokenizer = load_tokenizer(source)
-    model = load_scalar_model(source, num_labels=1, device=device)
+    tokenizer = load_own_tokenizer(str(source))
+    model = load_classifier(str(source), num_labels=1, device=device)
     same = (
         policy is not None
         and fingerprint_tokenizer(policy) == fingerprint_tokenizer(tokenizer)
@@ -218,16 +222,16 @@ def load_process_reward_model(
     bin_tokens: int = BIN_TOKENS,
     bf16: bool = False,
 ) -> ProcessRewardModel:
-    """A rewarder from a token classification checkpoint with two labels (wrong, right).
+    """A rewarder from a token classification checkpoint with two labels (wrong, right), or an adapter of one.
 
-    separator   the text between steps; None = as the checkpoint's config names it
+    separator   the text between steps; None = as the checkpoint's config names it, or polm's note beside an adapter
     """
-    model = load_scalar_model(source, num_labels=2, device=device)
+    model = load_classifier(str(source), num_labels=2, device=device)
     chosen = separator if separator is not None else getattr(model.config, SEPARATOR_FIELD, None)
     if not chosen:
         raise ModelError(
             f"the config of {source} names no {SEPARATOR_FIELD}; give the separator that stands between steps"
         )
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_own_tokenizer(str(source))
     encode_separator(tokenizer, chosen)
     return ProcessRewardModel(model, tokenizer, str(source), chosen, aggregate, bin_tokens, bf16)

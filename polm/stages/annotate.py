@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from polm.data.examples import Ledger, build_conversation_trees, build_document_trees, build_preference_trees
+from polm.data.examples import (
+    Ledger,
+    build_conversation_trees,
+    build_document_trees,
+    build_preference_trees,
+    drop_bad_record,
+)
 from polm.data.readers import iterate_conversations, iterate_documents, iterate_preferences
 from polm.engine.annotate import annotate_trees
 from polm.engine.device import use_bf16
@@ -58,24 +66,12 @@ def _build_trees(settings: AnnotateSettings, context: Context, model: Base, ledg
             ledger=ledger,
             folder=context.workdir,
         )
+    more: dict[str, Any] = {"context": limit, "too_long": settings.too_long, "bad_records": settings.bad_records}
+    more |= {"ledger": ledger, "folder": context.workdir}
     if settings.data == "preferences":
-        return build_preference_trees(
-            model.tokenizer,
-            iterate_preferences(file),
-            context=limit,
-            too_long=settings.too_long,
-            ledger=ledger,
-            folder=context.workdir,
-        )
-    return build_conversation_trees(
-        model.tokenizer,
-        iterate_conversations(file),
-        context=limit,
-        too_long=settings.too_long,
-        train_on=settings.train_on,
-        ledger=ledger,
-        folder=context.workdir,
-    )
+        pairs = iterate_preferences(file, partial(drop_bad_record, settings.bad_records, ledger))
+        return build_preference_trees(model.tokenizer, pairs, **more)
+    return build_conversation_trees(model.tokenizer, iterate_conversations(file), train_on=settings.train_on, **more)
 
 
 STAGE = Stage(

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from polm.data.fingerprint import fingerprint_path, fingerprint_trees
 from polm.data.packing import PackedTrees, mix_seed, pack_trees
 from polm.data.readers import write_json
 from polm.data.tree_store import AttachedTrees, measure_trees
+from polm.engine.adapted import fingerprint_base, load_adapted_model, load_own_tokenizer
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
 from polm.engine.device import keep_freed_memory, pick_device, set_threads, use_bf16
@@ -38,16 +39,14 @@ from polm.models.adapters import (
     attach_adapter,
     find_adapter,
     is_adapter_folder,
-    load_adapter,
-    locate_base,
     merge_adapter,
     save_adapter,
 )
-from polm.models.heads import Layout, build_scalar_model, load_scalar_model, read_layout
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
 from polm.models.loading import model_folder as model_folder
 from polm.models.virtual import read_virtual
 from polm.recipe import PackedSettings, TrainSettings
+from polm.recipe_adapter import AdapterSettings
 from polm.text.chat import show_supervision
 from polm.text.tokenizer import fingerprint_tokenizer, require_same_tokenizer
 from polm.tokens import Array, Objective, Tree
@@ -131,22 +130,8 @@ def load_base(source: str, *, quantize: str | None = None, must_merge: bool = Fa
 
 
 def _load_adapted(folder: str, *, trained: bool) -> Base:
-    """An adapter on its base, which must be the one that it was trained on."""
-    place, fingerprint = locate_base(folder)
-    if fingerprint is not None and fingerprint_base(place) != fingerprint:
-        raise ModelError(
-            f"the base of the adapter {folder}, {place}, is not the one that it was trained on (fingerprint "
-            f"{fingerprint_base(place)[:12]}, expected {fingerprint[:12]}); put the former back, or train again"
-        )
-    model = load_adapter(load_model(place, device=pick_device()), folder, place, trained=trained)
-    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
-    return Base(model, load_tokenizer(folder if has_tokenizer else place), folder)
-
-
-def fingerprint_base(source: str) -> str:
-    """What an adapter's base is: the content of its folder, or the hub id as it is."""
-    path = Path(source)
-    return fingerprint_path(path) if path.is_dir() else f"hub:{source}"
+    """An adapter on its base."""
+    return Base(load_adapted_model(folder, trained=trained, device=pick_device()), load_own_tokenizer(folder), folder)
 
 
 def load_learner(context: Context, settings: TrainSettings) -> Base:
@@ -169,17 +154,19 @@ def load_learner(context: Context, settings: TrainSettings) -> Base:
         context.say(f"{source} is an adapter: it was merged into its base, which now lies in {context.workdir}/base")
         source = str(context.workdir / "base")
     base = load_base(source, quantize=wanted.quantize)
-    text = base.tokenizer(wanted.init_text, add_special_tokens=False)["input_ids"] if wanted.init_text else []
-    if wanted.init_text and not text:
-        raise RecipeError(f"adapter.init_text {wanted.init_text!r} has no tokens")
+    text = encode_init_text(base.tokenizer, wanted)
     attach_adapter(base.model, wanted, base.name, seed=mix_seed(settings.seed, 0), init_ids=text)
     return base
 
 
-def refuse_adapter(settings: TrainSettings, stage: str) -> None:
-    """For stages that train a classifier, which adapters are not built for here."""
-    if settings.adapter is not None:
-        raise RecipeError(f"{stage}: adapter is for language models; leave it out, all weights are trained")
+def encode_init_text(tokenizer: PreTrainedTokenizerFast, wanted: AdapterSettings) -> list[int]:
+    """The tokens that virtual tokens start from; none where no text is named."""
+    if wanted.init_text is None:
+        return []
+    ids: list[int] = tokenizer(wanted.init_text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise RecipeError(f"adapter.init_text {wanted.init_text!r} has no tokens")
+    return ids
 
 
 @dataclass(frozen=True)
@@ -215,28 +202,6 @@ def load_given(context: Context, learner: Base, role: str | None = None) -> Froz
     if find_adapter(learner.model) is not None:
         return Frozen(learner.model, given=True)
     return Frozen(load_base(context.inputs["base"]).model.eval())
-
-
-def load_scalar_base(source: str, layout: Layout, *, num_labels: int, spread: float | None, seed: int) -> Base:
-    """A classifier to train: a fresh head (see `build_scalar_model`) on a language model, or one that is there already.
-
-    Its padding token is the tokenizer's (the end-of-text token where it has none), as plain `transformers` needs it.
-    """
-    name = model_folder(source)
-    found = read_layout(name)
-    if found is None:
-        base = load_base(source)
-        model = build_scalar_model(base.model, layout, num_labels=num_labels, spread=spread, seed=seed)
-        base = replace(base, model=model)
-    elif found == layout:
-        model = load_scalar_model(name, num_labels=num_labels, device=pick_device())
-        base = Base(model, load_tokenizer(name), name)
-    else:
-        raise ModelError(f"{name} is a {found} classifier, and a {layout} classifier is needed here")
-    if base.tokenizer.pad_token_id is None:
-        base.tokenizer.pad_token = base.tokenizer.eos_token
-    base.model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
-    return base
 
 
 def input_file(context: Context, role: str, name: str) -> Path:
@@ -276,7 +241,7 @@ def train(
         parts=parts,
     )
     if critic is not None:
-        save_model(critic.model, critic.tokenizer, context.workdir / "critic")
+        save_learner(critic, context.workdir / "critic")
     saved = save_learner(base, context.workdir / "model")
     remove_checkpoints(context.workdir)
     numbers = {k: v for k, v in result.last.items() if isinstance(v, float) and k not in ("eta_seconds",)}

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from polm.data.examples import Ledger, add_mismatched, build_feedback_trees, build_preference_trees
+from polm.data.examples import (
+    Ledger,
+    add_mismatched,
+    build_feedback_trees,
+    build_preference_trees,
+    drop_bad_record,
+)
 from polm.data.readers import is_feedback, iterate_feedback, iterate_preferences
 from polm.errors import DataError, RecipeError
 from polm.objectives.preference import ANSWER_LOSSES, Knobs, build_preference
@@ -78,40 +86,26 @@ def _check_reference(settings: DPOSettings, context: Context, *, needed: bool) -
 
 def _build_trees(settings: DPOSettings, context: Context, base: Base, ledger: Ledger) -> Sequence[Tree]:
     """Pairs, or judged answers; for kto and bco the two answers of a pair are one desirable and one undesirable."""
-    limit = min(settings.bin_tokens, base.max_positions)
+    how: dict[str, Any] = {
+        "context": min(settings.bin_tokens, base.max_positions),
+        "too_long": settings.too_long,
+        "bad_records": settings.bad_records,
+        "ledger": ledger,
+        "folder": context.workdir,
+    }
+    on_bad = partial(drop_bad_record, settings.bad_records, ledger)
     if settings.loss not in ANSWER_LOSSES:
         file = input_file(context, "data", "preferences.jsonl")
-        return build_preference_trees(
-            base.tokenizer,
-            iterate_preferences(file),
-            context=limit,
-            too_long=settings.too_long,
-            ledger=ledger,
-            folder=context.workdir,
-        )
+        return build_preference_trees(base.tokenizer, iterate_preferences(file, on_bad), **how)
     given = Path(context.inputs["data"])
     either = ("feedback.jsonl", "preferences.jsonl")
     file = input_file(context, "data", next((name for name in either if (given / name).is_file()), either[0]))
     if is_feedback(file):
-        trees = build_feedback_trees(
-            base.tokenizer,
-            iterate_feedback(file),
-            context=limit,
-            too_long=settings.too_long,
-            ledger=ledger,
-            folder=context.workdir,
-        )
+        trees = build_feedback_trees(base.tokenizer, iterate_feedback(file), **how)
     else:
-        trees = build_preference_trees(
-            base.tokenizer,
-            iterate_preferences(file),
-            context=limit,
-            too_long=settings.too_long,
-            ledger=ledger,
-            folder=context.workdir,
-        )
+        trees = build_preference_trees(base.tokenizer, iterate_preferences(file, on_bad), **how)
     if ANSWER_LOSSES[settings.loss].mismatched:
-        return add_mismatched(trees, context=limit, ledger=ledger)
+        return add_mismatched(trees, context=how["context"], ledger=ledger)
     return trees
 
 

@@ -22,7 +22,6 @@ from polm.stages.common import (
     Stage,
     StageResult,
     load_learner,
-    load_scalar_base,
     new_ledger,
     start_stage,
     train,
@@ -37,6 +36,7 @@ from polm.stages.rollout_source import (
     load_start,
 )
 from polm.stages.rollouts import REWARD_INPUTS, Rollout, build_sampler, collect_rewards
+from polm.stages.scalar import Head, load_scalar_learner
 from polm.text.tokenizer import require_same_tokenizer
 from polm.tokens import Needs, Step, TokenBatch
 
@@ -97,9 +97,15 @@ def assign(settings: PPOSettings, pair: ActorCritic, rollout: Rollout, tokens: R
 
 
 def load_critic(settings: PPOSettings, context: Context, base: Base) -> Base:
-    """The input `critic` (a reward model, or another run's critic), or the base's trunk with a head that says 0."""
-    source = context.inputs.get("critic", context.inputs["base"])
-    critic = load_scalar_base(source, "sequence", num_labels=1, spread=0.0, seed=settings.seed)
+    """The input `critic` (a reward model, or another run's critic), or the base's trunk with a head that says 0; under
+    an adapter of its own where the settings give one."""
+    critic = load_scalar_learner(
+        context,
+        context.inputs.get("critic", context.inputs["base"]),
+        settings.critic_adapter,
+        Head("sequence", num_labels=1, spread=0.0, seed=settings.seed),
+        base_folder="critic_base",
+    )
     require_same_tokenizer(base.tokenizer, critic.tokenizer, base.name, critic.name)
     return critic
 

@@ -25,12 +25,11 @@ from polm.stages.common import (
     StageResult,
     add_ledger,
     input_file,
-    load_scalar_base,
     new_ledger,
-    refuse_adapter,
     start_stage,
     train_on_trees,
 )
+from polm.stages.scalar import Head, load_scalar_learner
 from polm.tokens import Array, Tree
 
 
@@ -41,10 +40,8 @@ def run(settings: ProcessRewardModelSettings, context: Context) -> StageResult:
     `holdout.jsonl` (a row an answer) and `holdout.json` (steps, first errors, calibration).
     """
     start_stage(settings, context)
-    refuse_adapter(settings, "process_reward_model")
-    base = load_scalar_base(
-        context.inputs["base"], "token", num_labels=2, spread=settings.head_spread, seed=settings.seed
-    )
+    head = Head("token", num_labels=2, spread=settings.head_spread, seed=settings.seed)
+    base = load_scalar_learner(context, context.inputs["base"], settings.adapter, head)
     base.model.config.id2label, base.model.config.label2id = {0: "wrong", 1: "right"}, {"wrong": 0, "right": 1}
     setattr(base.model.config, SEPARATOR_FIELD, settings.separator)
     records = read_stepwise(input_file(context, "data", "stepwise.jsonl"))

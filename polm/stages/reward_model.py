@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from polm.data.examples import Ledger, build_preference_trees
+from polm.data.examples import Ledger, build_preference_trees, drop_bad_record
 from polm.data.holdout import split_holdout
 from polm.data.readers import read_preferences, write_json, write_jsonl
 from polm.data.records import Preference
@@ -28,12 +29,11 @@ from polm.stages.common import (
     StageResult,
     add_ledger,
     input_file,
-    load_scalar_base,
     new_ledger,
-    refuse_adapter,
     start_stage,
     train_on_trees,
 )
+from polm.stages.scalar import Head, load_scalar_learner
 from polm.tokens import Array, Tree
 
 
@@ -44,13 +44,12 @@ def run(settings: RewardModelSettings, context: Context) -> StageResult:
     `holdout.json` (accuracy, calibration with its table, length).
     """
     start_stage(settings, context)
-    refuse_adapter(settings, "reward_model")
-    base = load_scalar_base(
-        context.inputs["base"], "sequence", num_labels=1, spread=settings.head_spread, seed=settings.seed
-    )
-    pairs = read_preferences(input_file(context, "data", "preferences.jsonl"))
-    train_pairs, held_pairs = split_holdout(pairs, settings.holdout_share, settings.seed)
+    head = Head("sequence", num_labels=1, spread=settings.head_spread, seed=settings.seed)
+    base = load_scalar_learner(context, context.inputs["base"], settings.adapter, head)
     ledger, held_ledger = new_ledger(), new_ledger()
+    on_bad = partial(drop_bad_record, settings.bad_records, ledger)
+    pairs = read_preferences(input_file(context, "data", "preferences.jsonl"), on_bad)
+    train_pairs, held_pairs = split_holdout(pairs, settings.holdout_share, settings.seed)
     trees = _build_trees(settings, base, train_pairs, ledger)
     held_trees = _build_trees(settings, base, held_pairs, held_ledger) if held_pairs else []
     add_ledger(ledger, held_ledger, "holdout")
@@ -68,7 +67,13 @@ def _build_trees(
 ) -> Sequence[Tree]:
     limit = min(settings.bin_tokens, base.max_positions)
     return build_preference_trees(
-        base.tokenizer, pairs, context=limit, too_long=settings.too_long, ledger=ledger, supervise="end"
+        base.tokenizer,
+        pairs,
+        context=limit,
+        too_long=settings.too_long,
+        ledger=ledger,
+        supervise="end",
+        bad_records=settings.bad_records,
     )
 
 

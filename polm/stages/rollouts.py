@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from polm.data.examples import Ledger
 from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import Prompt, read_prompts
+from polm.engine.adapted import find_layout
 from polm.engine.checkpoint import list_checkpoints
 from polm.engine.device import pick_device, use_bf16
 from polm.engine.fit import MetricsLog
 from polm.errors import DataError, RecipeError
-from polm.models.heads import read_layout
 from polm.recipe import AnswerSettings, SamplingSettings
 from polm.recipe_judge import BESIDE
 from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem
@@ -219,7 +219,7 @@ def load_rewarder(settings: SamplingSettings | AnswerSettings, context: Context,
         name = model_folder(given)
         device = pick_device()
         more: dict[str, Any] = {"device": device, "bf16": use_bf16(settings.precision, device)}
-        is_of_steps = read_layout(name) == "token"
+        is_of_steps = find_layout(name) == "token"
         built["model"] = (
             load_process_reward_model(name, **more) if is_of_steps else load_reward_model(name, base.tokenizer, **more)
         )

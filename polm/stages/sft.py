@@ -38,6 +38,7 @@ def run(settings: SFTSettings, context: Context) -> StageResult:
         train_on=settings.train_on,
         ledger=ledger,
         folder=context.workdir,
+        bad_records=settings.bad_records,
     )
     return train_on_trees(context, base, trees, build_objective(settings), settings, ledger)
 

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from polm.errors import DataError, ModelError, UserError
+from polm.errors import DataError, EmptyAnswerError, ModelError, UserError
 from polm.text.templates import TEMPLATES, TEXT_MARKERS, missing_tokens
 from polm.text.tokenizer import require_unicode, unknown_id
 
@@ -111,7 +111,7 @@ def render_chat(
         messages_T[inside_T] = index
     mask_T = messages_T >= 0
     if not mask_T.any():
-        raise DataError(
+        raise EmptyAnswerError(
             f"none of the {len(ids_T)} tokens of the conversation is the assistant's, so there is nothing to train on:"
             " its messages are empty and the template writes no end-of-turn token. Cure: drop the conversation"
         )

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -217,9 +218,12 @@ def test_bf16_products_stay_near_float32(kind: str, build_tiny: Build) -> None:
 
 
 def test_4_bits_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="nf4 needs a CUDA GPU"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(supported_torch_devices={"cuda"}))
+    monkeypatch.setattr("polm.models.quantize.torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        UserError, match="nf4 runs on cuda with the bitsandbytes that is installed, and this machine has"
+    ):
         build_quantization("nf4")
-    monkeypatch.setattr("polm.models.quantize.torch.cuda.is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"needs `bitsandbytes`, which is not installed: pip install bitsandbytes"):
         build_quantization("nf4")

@@ -1,10 +1,10 @@
-"""Adapters through the token forest against `peft`'s own forward on each sequence alone: log-probabilities and
-gradients, in float32, on two tiny models of two families."""
+"""Adapters through the token forest against `peft`'s own forward on each sequence alone: log-probabilities
+(of a classifier: values) and gradients, in float32, on two tiny models of two families."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from polm.engine.score import score
 from polm.models.adapters import adapter_parameters, attach_adapter, find_adapter
+from polm.models.heads import build_scalar_model
 from polm.models.loading import prepare_model
 from polm.recipe_adapter import AdapterSettings
-from polm.tokens import Tree, build_completions, build_document, collate
+from polm.tokens import Needs, Tree, build_completions, build_document, collate
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -149,3 +150,57 @@ def test_what_is_trained_is_what_peft_would_train(model: PreTrainedModel, learne
     assert adapter is not None
     wrapper = peft.get_peft_model(model, peft.LoraConfig(**COMMON, r=16, target_modules="all-linear"))
     assert adapter.wrapper.get_nb_trainable_parameters() == wrapper.get_nb_trainable_parameters()
+
+
+# ---- a classifier under an adapter -----------------------------------------------------------------------------------
+
+TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+
+
+def compute_their_values(wrapper: Any, layout: str, paths: list[list[int]]) -> Tensor:
+    """The values that peft's forward gives at the end of each path, a path alone."""
+    logits = [wrapper(input_ids=torch.tensor(path)[None]).logits[0] for path in paths]
+    return torch.stack([row if layout == "sequence" else row[-1] for row in logits])
+
+
+@pytest.mark.parametrize("layout", ["sequence", "token"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_classifier_in_the_forest_computes_what_peft_computes(
+    kind: str, layout: Literal["sequence", "token"], model: PreTrainedModel
+) -> None:
+    """Values at the ends of all paths, and the gradients of the adapter and of the head, which peft trains along."""
+    labels = 1 if layout == "sequence" else 2
+    learner = build_scalar_model(prepare_model(model, "learner"), layout, num_labels=labels, seed=5)
+    plain = copy.deepcopy(learner)
+    plain.set_attn_implementation("eager")
+    settings, config = KINDS[kind]
+    attach_adapter(learner, AdapterSettings(**settings), "learner", seed=3)
+    ours = adapter_parameters(learner)
+    config = copy.deepcopy(config)
+    config.task_type = TASKS[layout]
+    wrapper = peft.get_peft_model(plain, config)
+    theirs = {name: p for name, p in wrapper.named_parameters() if p.requires_grad}
+    names = align(ours, theirs)
+    assert any(".modules_to_save." in name for name in ours)
+    scatter(ours)
+    with torch.no_grad():
+        for name, p in theirs.items():
+            p.copy_(ours[names[name]])
+
+    trees, paths = build_trees()
+    batch = collate(trees)
+    values_TL = score(learner, batch, Needs(values=True)).values_TL
+    assert values_TL is not None
+    found = values_TL[batch.ends_S[[1, 2, 3, 4, 6, 7]]]
+    expected = compute_their_values(wrapper, layout, paths)
+    assert float(expected.detach().abs().max()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.linspace(-1.0, 2.0, expected.numel()).reshape(expected.shape)
+    (weights * expected).sum().backward()
+    (weights * found).sum().backward()
+    for name, p in theirs.items():
+        assert p.grad is not None
+        largest = float(p.grad.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(ours[names[name]].grad, p.grad, rtol=1e-3, atol=2e-5 * max(largest, 1.0))
+    assert all(p.grad is None for name, p in learner.named_parameters() if name not in ours)

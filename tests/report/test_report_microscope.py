@@ -130,16 +130,21 @@ def test_rewards_that_are_no_verdicts() -> None:
         RolloutSample("b", "nonsense"),
         RolloutSample("c", "wrong", -0.5, reward=0.1),
         RolloutSample("d", "right", 1.0),
+        RolloutSample("e", "timeout", note="<b>took longer than 3 s</b>"),
     ]
-    text = re.sub(r"<[^>]+>", " ", _build_group(RolloutGroup(1, "p", "", samples)))
+    page = _build_group(RolloutGroup(1, "p", "", samples))
+    assert page.count('class="verdict wrong"') == page.count('class="verdict right"') == 1
+    assert "&lt;b&gt;took longer than 3 s" in page
+    text = re.sub(r"<[^>]+>", " ", page)
     for words in (
         "scored, reward \u22120.35, advantage +0.50",
         "nonsense, no reward, advantage 0",
+        "? timeout, no reward, advantage 0",
         "wrong, reward 0.1",
     ):
         assert words in text
     assert "right, reward 1, advantage +1.00" in text
     assert "no known answer" in text
-    assert "expected answer: <code>7</code>; 1 of 4 right" in _build_group(RolloutGroup(1, "p", 7.0, samples)).replace(
+    assert "expected answer: <code>7</code>; 1 of 5 right" in _build_group(RolloutGroup(1, "p", 7.0, samples)).replace(
         "7.0", "7"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from polm.config import find_recipe, load_settings, recipe_folder
 from polm.engine import fit as fit_module
 from polm.engine.score import score
 from polm.errors import ModelError, RecipeError, UserError
-from polm.models.adapters import adapter_parameters
+from polm.models.adapters import adapter_parameters, attach_adapter
 from polm.models.loading import load_model
 from polm.recipe import (
     DPOSettings,
@@ -240,10 +241,10 @@ TINY_WORDS += ["schedule.warmup_updates=0", "checkpoint_every=0"]
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_run(name: str, artifact: Any, tmp_path: Path) -> None:
-    """Two updates on the tiny model, with the file's own adapter; 4 bits need a GPU."""
+    """Two updates on the tiny model, with the file's own adapter; 4 bits need bitsandbytes."""
     settings = load_settings(SFTSettings, find_recipe(f"adapters/{name}"), TINY_WORDS, section="sft")
     assert settings.adapter is not None
-    if name == "qlora":
+    if name == "qlora":  # test_qlora
         assert settings.adapter.quantize == "nf4"
         return
     inputs = {"base": str(artifact("midtrain")), "data": str(artifact("data"))}
@@ -414,9 +415,70 @@ def test_the_loss_falls(kind: str, artifact: Any, tmp_path: Path, read_rows: Any
     assert losses[-1] < losses[0] - 0.001
 
 
-def test_4_bits_without_a_gpu(artifact: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapter.quantize: nf4 needs a CUDA GPU, and this machine has none"):
+def test_4_bits_without_bitsandbytes(artifact: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"adapter.quantize: nf4 needs `bitsandbytes`, which is not installed"):
         run_sft(artifact, tmp_path / "out", {"kind": "lora", "quantize": "nf4"})
+
+
+@pytest.fixture
+def quantizes() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+
+
+@pytest.mark.usefixtures("quantizes")
+def test_qlora(artifact: Any, read_rows: Any, tmp_path: Path) -> None:
+    """The shipped recipe: the frozen base is in 4 bits, what is saved is plain LoRA, and it learns as LoRA on the base
+    in float32 does, up to the quantisation."""
+    words = [*TINY_WORDS, "updates=6", "bins_per_update=6", "optimizer.learning_rate=0.01", "schedule.kind=constant"]
+    losses = {}
+    for name in ("qlora", "lora"):
+        settings = load_settings(SFTSettings, find_recipe(f"adapters/{name}"), words, section="sft")
+        inputs = {"base": str(artifact("midtrain")), "data": str(artifact("data"))}
+        assert artifact.run("sft", settings, inputs, tmp_path / name)["summary"]["adapter"] == "LORA"
+        losses[name] = [line["loss"] for line in read_rows(tmp_path / name / "metrics.jsonl")]
+    assert losses["qlora"] != losses["lora"]
+    assert losses["qlora"] == pytest.approx(losses["lora"], rel=0.05)
+    assert losses["qlora"][-1] < losses["qlora"][0] - 0.01
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "qlora" / "model", dtype=torch.float32)
+    torch.testing.assert_close(score_plainly(plain), score_forest(load_base(str(tmp_path / "qlora")).model))
+
+
+@pytest.mark.usefixtures("quantizes")
+def test_the_base_of_qlora_is_in_4_bits(artifact: Any) -> None:
+    """Its log-probabilities are those of the base with each weight written back from its 4 bits."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    folder = str(artifact("midtrain"))
+    small, base = load_base(folder, quantize="nf4").model, load_base(folder).model
+    layers = dict(small.named_modules())
+    assert {type(layers[name]).__name__ for name in layers if name.endswith("_proj")} == {"Linear4bit"}
+    assert all(p.dtype == torch.uint8 for name, p in small.named_parameters() if name.endswith("_proj.weight"))
+    before = score_forest(base)
+    for name, layer in base.named_modules():
+        if name.endswith("_proj"):
+            packed = layers[name].weight
+            layer.weight.data = dequantize_4bit(packed.data, packed.quant_state)
+    torch.testing.assert_close(score_forest(small), score_forest(base), rtol=0, atol=1e-4)
+    assert float((score_forest(small) - before).abs().max()) > 1e-2
+
+
+@pytest.mark.usefixtures("quantizes")
+def test_gradients_flow_through_4_bits_after_eval_mode(artifact: Any) -> None:
+    """To the adapter of the first layer, as through the dequantised weights."""
+    model = attach_adapter(
+        load_base(str(artifact("midtrain")), quantize="nf4").model,
+        AdapterSettings(kind="lora", rank=2, quantize="nf4"),
+        "base",
+        seed=0,
+    )
+    model.eval()
+    score_forest(model)
+    model.train()
+    score(model, collate([build_document(IDS.numpy())])).logprobs_N.sum().backward()
+    sizes = {name: float(p.grad.abs().max()) for name, p in adapter_parameters(model).items() if p.grad is not None}
+    assert sizes.keys() == adapter_parameters(model).keys()
+    assert all(size > 0.0 for name, size in sizes.items() if ".lora_B." in name)
 
 
 @pytest.mark.parametrize("stage", ["rloo", "reinforce_pp", "remax", "ppo"])

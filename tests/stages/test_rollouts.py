@@ -75,6 +75,45 @@ def test_a_function_as_the_reward(artifact: Any, function_settings: Any, tmp_pat
     assert ledger["samples_scored"] > 0
 
 
+MISBEHAVES = """
+def reward(prompts, completions, **columns):
+    modes = [(len(c) + c.count("e")) % 5 for c in completions]
+    while 1 in modes:
+        pass
+    if 2 in modes:
+        raise RuntimeError("no reward")
+    return [float("nan") if mode == 3 else 1.0 for mode in modes][: None if 4 not in modes else -1]
+"""
+
+
+def test_a_function_that_hangs_raises_or_miscounts(
+    artifact: Any, function_settings: Any, tmp_path: Path, read_rows: Any
+) -> None:
+    """Each sample is judged on its own in the end, and counted by what happened: none is wrong, none right."""
+    settings, inputs = function_settings(0.01, updates=1, batch_limit=1.0, time_limit=0.5)
+    (tmp_path / "mine.py").write_text(MISBEHAVES)
+    ledger = artifact.run("grpo", settings, inputs, tmp_path / "out")["ledger"]
+    rows = read_rows(tmp_path / "out" / "samples.jsonl")
+    expected = {0: "scored", 1: "timeout", 2: "error", 3: "error", 4: "error"}
+    for sample in (sample for row in rows for sample in row["samples"]):
+        mode = (len(sample["text"]) + sample["text"].count("e")) % 5
+        assert sample["status"] == expected[mode]
+        assert sample.get("reward", 1.0) == 1.0
+        if mode:
+            assert sample["advantage"] == 0.0
+    statuses = {name: number for name, number in ledger.items() if name.startswith("samples_")}
+    assert set(statuses) == {"samples_scored", "samples_timeout", "samples_error"}
+    assert sum(statuses.values()) == ledger["samples"] == 16
+    notes = {row["note"] for row in read_rows(tmp_path / "out" / "problems.jsonl")}
+    assert notes <= {
+        "the reward function took longer than 0.5 s",
+        "RuntimeError: no reward",
+        "the reward function returned nan",
+        "the reward function returned 0 rewards for 1 completions",
+    }
+    assert len(notes) > 1
+
+
 def test_a_function_that_never_works_stops_the_run(artifact: Any, function_settings: Any, tmp_path: Path) -> None:
     settings, inputs = function_settings("None")
     with pytest.raises(DataError, match=r"every sample of a rollout timed out or failed .*ValueError: nothing works"):

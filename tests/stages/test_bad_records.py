@@ -1,0 +1,116 @@
+"""Records that happen in real data and cannot be learned from: named, or left out and counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polm.data.readers import write_jsonl
+from polm.errors import DataError, ModelError
+from polm.models.loading import load_model, load_tokenizer, save_model
+from polm.recipe import AnnotateSettings, DPOSettings, RewardModelSettings, SFTSettings
+
+SMALL: dict[str, Any] = {"bin_tokens": 192, "precision": "fp32", "updates": 1}
+GOOD = [{"prompt": f"add {i} and 1 .", "chosen": str(i + 1), "rejected": str(i + 2)} for i in range(6)]
+EQUAL = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "4"}
+DIFFER = {
+    "chosen": [{"role": "user", "content": "3 + 3 ="}, {"role": "assistant", "content": "6"}],
+    "rejected": [{"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "5"}],
+}
+EMPTY = {"prompt": "2 + 2 =", "chosen": "4", "rejected": ""}
+# Without a token for the end of a turn, nothing is left of an empty answer.
+BARE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} . {% else %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def bare(artifact: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose template ends no turn."""
+    folder: Path = tmp_path_factory.mktemp("bare") / "model"
+    tokenizer = load_tokenizer(artifact("sft") / "model")
+    tokenizer.chat_template = BARE
+    save_model(load_model(artifact("sft") / "model"), tokenizer, folder)
+    return str(folder)
+
+
+def write_pairs(folder: Path, *more: dict[str, Any]) -> str:
+    write_jsonl(folder / "preferences.jsonl", [*GOOD[:3], *more, *GOOD[3:]])
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("dpo", DPOSettings(**SMALL)),
+        ("dpo", DPOSettings(**SMALL, loss="kto")),
+        ("reward_model", RewardModelSettings(**SMALL, holdout_share=0.0)),
+    ],
+)
+def test_pairs_whose_prompts_differ(stage: str, settings: Any, artifact: Any, tmp_path: Path) -> None:
+    inputs = {"base": str(artifact("sft")), "data": write_pairs(tmp_path, EQUAL, DIFFER)}
+    with pytest.raises(DataError, match=r"preferences.jsonl:5: chosen must end in .* set bad_records: drop, which"):
+        artifact.run(stage, settings, inputs, tmp_path / "refused")
+    dropping = settings.model_copy(update={"bad_records": "drop"})
+    ledger = artifact.run(stage, dropping, inputs, tmp_path / "out")["ledger"]
+    counts = {name: n for name, n in ledger.items() if name.startswith("dropped") or name in ("read", "kept")}
+    assert counts == {"read": 8, "kept": 6, "dropped": 2, "dropped_equal": 1, "dropped_prompts_differ": 1}
+    assert ledger["tokens_read"] == ledger["tokens_kept"] - ledger.get("tokens_mismatched", 0) + ledger["tokens_lost"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [("dpo", DPOSettings(**SMALL)), ("reward_model", RewardModelSettings(**SMALL, holdout_share=0.0))],
+)
+def test_an_answer_of_which_the_template_leaves_nothing(
+    stage: str, settings: Any, artifact: Any, bare: str, tmp_path: Path
+) -> None:
+    inputs = {"base": bare, "data": write_pairs(tmp_path, EMPTY)}
+    with pytest.raises(DataError, match=r"pair 3: none of the .* tokens of the conversation is the assistant's.*drop"):
+        artifact.run(stage, settings, inputs, tmp_path / "refused")
+    dropping = settings.model_copy(update={"bad_records": "drop"})
+    ledger = artifact.run(stage, dropping, inputs, tmp_path / "out")["ledger"]
+    assert (ledger["read"], ledger["kept"], ledger["dropped"], ledger["dropped_empty"]) == (7, 6, 1, 1)
+
+
+def test_judged_answers_and_conversations(artifact: Any, bare: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"add {i} .", "completion": str(i), "label": i % 2 == 0} for i in range(6)]
+    write_jsonl(tmp_path / "feedback.jsonl", [*rows, {"prompt": "add 7 .", "completion": "", "label": True}])
+    dpo = DPOSettings(**SMALL, loss="bco", bad_records="drop")
+    ledger = artifact.run("dpo", dpo, {"base": bare, "data": str(tmp_path)}, tmp_path / "bco")["ledger"]
+    assert (ledger["read"], ledger["kept"], ledger["dropped_empty"]) == (7, 6, 1)
+
+    turns = [[{"role": "user", "content": "add"}, {"role": "assistant", "content": said}] for said in ("1", "2", "")]
+    write_jsonl(tmp_path / "sft.jsonl", [{"messages": messages} for messages in turns])
+    inputs = {"base": bare, "data": str(tmp_path)}
+    with pytest.raises(DataError, match=r"conversation 2: none of the .* set bad_records: drop"):
+        artifact.run("sft", SFTSettings(**SMALL), inputs, tmp_path / "refused")
+    ledger = artifact.run("sft", SFTSettings(**SMALL, bad_records="drop"), inputs, tmp_path / "sft")["ledger"]
+    assert (ledger["read"], ledger["kept"], ledger["dropped_empty"]) == (3, 2, 1)
+
+
+def test_a_reference_scored_beforehand_leaves_out_the_same(artifact: Any, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path, DIFFER)
+    annotate = AnnotateSettings(data="preferences", max_tokens=192, too_long="error", precision="fp32")
+    model = {"model": str(artifact("sft")), "data": data}
+    artifact.run("annotate", annotate.model_copy(update={"bad_records": "drop"}), model, tmp_path / "scores")
+    inputs = {"base": str(artifact("sft")), "data": data, "reference": str(tmp_path / "scores")}
+    ledger = artifact.run("dpo", DPOSettings(**SMALL, bad_records="drop"), inputs, tmp_path / "out")["ledger"]
+    assert ledger["dropped_prompts_differ"] == 1
+
+
+def test_a_template_that_cannot_mark_the_assistants_tokens(artifact: Any, tmp_path: Path) -> None:
+    """It changes earlier turns, so that no prefix of the text is the prompt: no record could be used."""
+    tokenizer = load_tokenizer(artifact("sft") / "model")
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    save_model(load_model(artifact("sft") / "model"), tokenizer, tmp_path / "model")
+    write_jsonl(
+        tmp_path / "sft.jsonl",
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "1"}]}],
+    )
+    inputs = {"base": str(tmp_path / "model"), "data": str(tmp_path)}
+    with pytest.raises(ModelError, match=r"conversation 0: .*template.*Cure"):
+        artifact.run("sft", SFTSettings(**SMALL, bad_records="drop"), inputs, tmp_path / "out")
