@@ -51,7 +51,7 @@ def build_document_trees(
     folder: Path | None = None,
 ) -> Sequence[Tree]:
     """A root per document; documents over `context` tokens go by the policy. A plain string is of weight 1."""
-    trees = open_trees(folder)
+    trees = KeptTrees(folder, ledger)
     for number, given in enumerate(texts):
         document = Document(given) if isinstance(given, str) else given
         ids = encode_document(tokenizer, document.text)
@@ -59,7 +59,7 @@ def build_document_trees(
         count_read(tokenizer, ids, ledger)
         for tree in cut_document(ids, context, too_long, f"document {number}", ledger, weights):
             trees.append(tree)
-    return finish(trees, ledger)
+    return trees.finish()
 
 
 def cut_document(
@@ -174,7 +174,7 @@ def build_conversation_trees(
     bad_records: BadRecords = "error",
 ) -> Sequence[Tree]:
     """A root per conversation whose targets are the assistant's tokens, tool calls among them."""
-    trees = open_trees(folder)
+    trees = KeptTrees(folder, ledger)
     for number, conversation in enumerate(conversations):
         try:
             rendered = render_conversation(tokenizer, conversation, train_on)
@@ -193,7 +193,7 @@ def build_conversation_trees(
             _drop_unsupervised(ids, ledger)
             continue
         trees.append((Segment(ids, streams={"weights": weights}),))
-    return finish(trees, ledger)
+    return trees.finish()
 
 
 def build_preference_trees(
@@ -212,7 +212,7 @@ def build_preference_trees(
     supervise   "all": each token of an answer is a target. "end": the token at which a reward model is read, its last
                 (of those that are not padding). The margin of a pair is the mark `margin` of its chosen child.
     """
-    trees = open_trees(folder)
+    trees = KeptTrees(folder, ledger)
     for number, pair in enumerate(preferences):
         try:
             prompt, answers = encode_answers(tokenizer, pair.prompt, (pair.chosen, pair.rejected), f"pair {number}")
@@ -237,7 +237,7 @@ def build_preference_trees(
         streams = [{"weights": weigh_end(ids)} for ids in kept] if supervise == "end" else None
         margin = {"margin": pair.margin} if pair.margin else {}
         trees.append(build_completions(prompt, kept, streams, marks=[{"sign": 1.0, **margin}, {"sign": -1.0}]))
-    return finish(trees, ledger)
+    return trees.finish()
 
 
 def weigh_end(ids: Array) -> Array:
@@ -270,7 +270,7 @@ def build_feedback_trees(
 
     Raises DataError where all the answers that are kept have one label: then there is nothing to tell apart.
     """
-    trees = open_trees(folder)
+    trees = KeptTrees(folder, ledger)
     signs: Counter[float] = Counter()
     for number, record in enumerate(feedback):
         try:
@@ -289,7 +289,7 @@ def build_feedback_trees(
             f"feedback: {signs[1.0]} answers labelled true and {signs[-1.0]} labelled false are left of "
             f"{ledger['read']}; kto and bco need both labels: add answers of the other one, or use the sft stage"
         )
-    return finish(trees, ledger)
+    return trees.finish()
 
 
 def add_mismatched(trees: Sequence[Tree], *, context: int, ledger: Ledger) -> list[Tree]:
@@ -382,15 +382,16 @@ def count_read(tokenizer: PreTrainedTokenizerFast, ids: Array, ledger: Ledger) -
         ledger["tokens_unknown"] += int((ids == unknown).sum())
 
 
-def open_trees(folder: Path | None) -> list[Tree] | TreeWriter:
-    """Where trees are appended: a scratch file in `folder`, or memory."""
-    return [] if folder is None else TreeWriter(folder)
+class KeptTrees:
+    """Where the trees of a data set are appended, a scratch file in `folder` or memory; each is entered as kept."""
 
+    def __init__(self, folder: Path | None, ledger: Ledger):
+        self._trees: list[Tree] | TreeWriter = [] if folder is None else TreeWriter(folder)
+        self._ledger = ledger
 
-def finish(written: list[Tree] | TreeWriter, ledger: Ledger) -> Sequence[Tree]:
-    """Close the ledger of a data set; nothing to learn from is an error."""
-    trees = written if isinstance(written, list) else written.close()
-    for tree in trees:
+    def append(self, tree: Tree) -> None:
+        """Keep a tree."""
+        ledger = self._ledger
         ledger["kept"] += 1
         for segment in tree:
             ledger["tokens_kept"] += len(segment)
@@ -401,10 +402,15 @@ def finish(written: list[Tree] | TreeWriter, ledger: Ledger) -> Sequence[Tree]:
             num_weighted = int(np.count_nonzero((weights != 0) & (weights != 1)))
             if num_weighted:
                 ledger["tokens_weighted"] += num_weighted
-    ledger["tokens_masked"] = ledger["tokens_kept"] - ledger["tokens_supervised"]
-    if ledger["tokens_supervised"] == 0:
-        raise DataError(
-            f"no token is supervised ({ledger['read']} examples read, {ledger['dropped']} dropped); "
-            "check the roles of the messages, the chat template and too_long"
-        )
-    return trees
+        self._trees.append(tree)
+
+    def finish(self) -> Sequence[Tree]:
+        """Close the ledger, and give the trees for reading; nothing to learn from is an error."""
+        ledger = self._ledger
+        ledger["tokens_masked"] = ledger["tokens_kept"] - ledger["tokens_supervised"]
+        if ledger["tokens_supervised"] == 0:
+            raise DataError(
+                f"no token is supervised ({ledger['read']} examples read, {ledger['dropped']} dropped); "
+                "check the roles of the messages, the chat template and too_long"
+            )
+        return self._trees if isinstance(self._trees, list) else self._trees.close()

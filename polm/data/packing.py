@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -48,12 +49,12 @@ def pack_best_fit(lengths: Sequence[int] | Array, capacity: int, order: Sequence
     Returns the item indices of each bin. O(items) with a bit set of the rooms that occur. Raises DataError when an
     item is longer than `capacity`.
     """
-    sizes, items = np.asarray(lengths, dtype=np.int64), np.asarray(order, dtype=np.int32)
+    sizes, items = np.asarray(lengths), np.asarray(order, dtype=np.int32)
     if len(items) and sizes[items].max() > capacity:
         item = int(items[np.argmax(sizes[items] > capacity)])
         raise DataError(f"item {item} has {sizes[item]} tokens, more than a bin of {capacity}; raise bin_tokens")
     bin_of = np.empty(len(items), dtype=np.int32)  # of the item at each place of the order
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    by_room = [array("i") for _ in range(capacity + 1)]
     rooms = num_bins = 0  # bit r of rooms is set while some open bin has exactly r tokens of room
     for first in range(0, len(items), PACK_AT_ONCE):
         for place, need in enumerate(sizes[items[first : first + PACK_AT_ONCE]].tolist(), start=first):
@@ -70,8 +71,23 @@ def pack_best_fit(lengths: Sequence[int] | Array, capacity: int, order: Sequence
             left = room - need
             by_room[left].append(chosen)
             rooms |= 1 << left
-    starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=num_bins))])
-    return Bins(items[np.argsort(bin_of, kind="stable")], starts)
+    return _collect(items, bin_of, num_bins)
+
+
+def _collect(items: Array, bin_of: Array, num_bins: int) -> Bins:
+    """The items [items] by their bins, in the order in which they came; a stable sort, but without its memory."""
+    counts = np.zeros(num_bins, dtype=np.int64)
+    for first in range(0, len(items), PACK_AT_ONCE):
+        counts += np.bincount(bin_of[first : first + PACK_AT_ONCE], minlength=num_bins)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    members, free = np.empty_like(items), starts[:-1].copy()
+    for first in range(0, len(items), PACK_AT_ONCE):
+        part = bin_of[first : first + PACK_AT_ONCE]
+        order = np.argsort(part, kind="stable")
+        own, begins, sizes = np.unique(part[order], return_index=True, return_counts=True)
+        members[np.repeat(free[own] - begins, sizes) + np.arange(len(part))] = items[first : first + len(part)][order]
+        free[own] += sizes
+    return Bins(members, starts)
 
 
 @dataclass(frozen=True)
@@ -102,11 +118,17 @@ class PackedTrees:
             out.append(int(epoch_order(len(self.bins), self.seed, epoch)[offset]))
         return out
 
-    def find_unseen(self) -> list[int]:
-        """Trees that the updates end before; none once they reach past the first epoch."""
+    def count_unseen(self) -> tuple[int, int]:
+        """Trees that the updates end before, and their tokens; none once they reach past the first epoch."""
         reached = self.num_updates * self.bins_per_update
         order = epoch_order(len(self.bins), self.seed, 0)
-        return [i for b in order[reached:] for i in self.bins[int(b)]]
+        lengths = measure_trees(self.trees)
+        num_trees = num_tokens = 0
+        for place in order[reached:].tolist():
+            members = self.bins[place]
+            num_trees += len(members)
+            num_tokens += int(lengths[members].sum())
+        return num_trees, num_tokens
 
     def step(self, update: int, model: Any = None) -> Step:
         """The micro-batches of an update; the model has no say in them."""
@@ -162,7 +184,8 @@ def pack_trees(
     """
     if not len(trees):
         raise DataError("there is nothing to train on: every example was dropped, or the file is empty")
-    order = np.random.default_rng((seed, 0)).permutation(len(trees))
+    order = np.arange(len(trees), dtype=np.int32)  # `permutation` gives the same order in twice the memory
+    np.random.default_rng((seed, 0)).shuffle(order)
     bins = pack_best_fit(measure_trees(trees), bin_tokens, order)
     if updates is None:
         updates = max(1, round((epochs or 1.0) * len(bins) / bins_per_update))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from polm.data.examples import Ledger, Policy, count_read, finish, fit_answers
+from polm.data.examples import KeptTrees, Ledger, Policy, count_read, fit_answers
 from polm.data.records import Stepwise
 from polm.errors import DataError, UserError
 from polm.text.chat import find_control_tokens, render_prompt
@@ -84,7 +84,7 @@ def build_step_trees(
     Raises DataError for what `encode_steps` refuses, naming the record.
     """
     separator_ids = encode_separator(tokenizer, separator)
-    trees: list[Tree] = []
+    trees = KeptTrees(None, ledger)
     for number, record in enumerate(records):
         what = f"record {number}"
         try:
@@ -109,4 +109,4 @@ def build_step_trees(
             ledger["dropped"] += 1
             ledger["dropped_unsupervised"] += 1
             ledger["tokens_lost"] += len(prompt) + len(kept[0])
-    return finish(trees, ledger)
+    return trees.finish()

@@ -1,7 +1,7 @@
 """Trees kept in a scratch file rather than in memory, and streams that are handed to trees as they are read.
 
-What stays in memory is a dozen bytes a segment, so a data set of any size can be packed and walked over. The scratch
-file has no name: it is gone when its process is.
+What stays in memory is 15 bytes for a tree of one segment, so a data set of any size can be packed and walked over. The
+scratch file has no name: it is gone when its process is.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from polm.errors import DataError, StoreError
 from polm.tokens import Array, Segment, Tree, tree_length
 
 TOKEN, WEIGHT = np.dtype(np.int32), np.dtype(np.float32)
+STRIDE = 256  # segments from one offset that is kept in memory to the next
 
 
 class LazyTrees(Sequence[Tree]):
-    """A sequence whose trees are made when they are asked for. `lengths` are in tokens, int64 [trees]."""
+    """A sequence whose trees are made when they are asked for. `lengths` are in tokens, integers [trees]."""
 
     lengths: Array
 
@@ -50,21 +51,28 @@ class StoredTrees(LazyTrees):
 
     def __init__(self, writer: TreeWriter):
         self._file = writer.file  # kept open: the file lives as long as its descriptor
-        self._first_segment = np.frombuffer(writer.first_segment, dtype=np.int64)
+        self._first_segment = np.frombuffer(writer.first_segment, dtype=np.int32)
         self._lengths = np.frombuffer(writer.segment_lengths, dtype=np.int32)
-        self._parents = np.frombuffer(writer.parents, dtype=np.int32)
+        self._parents = np.frombuffer(writer.parents, dtype=np.int16)
         self._weighted = np.frombuffer(writer.weighted, dtype=np.int8)
         self._marks = {name: np.frombuffer(values, dtype=np.float64) for name, values in writer.marks.items()}
-        sizes = self._lengths * (TOKEN.itemsize + WEIGHT.itemsize * self._weighted.astype(np.int64))
-        self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        ends = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
-        self.lengths = np.diff(ends[self._first_segment])
+        self._offsets = writer.offsets
+        self.lengths = np.frombuffer(writer.tree_lengths, dtype=np.int32)
 
     def _load(self, index: int) -> Tree:
         first, end = int(self._first_segment[index]), int(self._first_segment[index + 1])
-        offset = int(self._offsets[first])
-        raw = os.pread(self._file.fileno(), int(self._offsets[end]) - offset, offset)
-        return tuple(self._build_segment(raw, int(self._offsets[s]) - offset, s) for s in range(first, end))
+        start = first - first % STRIDE
+        ends = np.cumsum(self._measure(start, end))
+        before = int(ends[first - start - 1]) if first > start else 0
+        raw = os.pread(self._file.fileno(), int(ends[-1]) - before, self._offsets[first // STRIDE] + before)
+        places = [0, *(ends[first - start : -1] - before).tolist()]
+        return tuple(self._build_segment(raw, place, s) for place, s in zip(places, range(first, end), strict=True))
+
+    def _measure(self, first: int, end: int) -> Array:
+        """Bytes of each of the segments `first` to `end`, int64."""
+        return self._lengths[first:end] * (
+            TOKEN.itemsize + WEIGHT.itemsize * self._weighted[first:end].astype(np.int64)
+        )
 
     def _build_segment(self, raw: bytes, offset: int, segment: int) -> Segment:
         num = int(self._lengths[segment])
@@ -83,10 +91,13 @@ class TreeWriter:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the trees that read it)
-        self.first_segment = array("q", [0])
+        self.first_segment = array("i", [0])
         self.segment_lengths = array("i")
-        self.parents = array("i")
+        self.tree_lengths = array("i")
+        self.parents = array("h")
         self.weighted = array("b")
+        self.offsets = array("q")  # of every STRIDE-th segment in the file
+        self.num_bytes = 0
         self.marks: dict[str, array[float]] = {}
 
     def append(self, tree: Tree) -> None:
@@ -98,17 +109,20 @@ class TreeWriter:
             for name, values in self.marks.items():
                 values.append(segment.marks.get(name, float("nan")))
             weights = segment.streams.get("weights")
+            if len(self.segment_lengths) % STRIDE == 0:
+                self.offsets.append(self.num_bytes)
             self.segment_lengths.append(len(segment))
             self.parents.append(segment.parent)
             self.weighted.append(int(weights is not None))
             self._write(segment.tokens.astype(TOKEN))
             if weights is not None:
                 self._write(weights.astype(WEIGHT))
+        self.tree_lengths.append(tree_length(tree))
         self.first_segment.append(len(self.segment_lengths))
 
     def _write(self, values: Array) -> None:
         try:
-            self.file.write(values.tobytes())
+            self.num_bytes += self.file.write(values.tobytes())
         except OSError as error:
             raise StoreError(
                 f"the scratch file of the token ids could not be written: {error.strerror}; it takes 8 bytes a token "
@@ -122,7 +136,7 @@ class TreeWriter:
 
 
 def measure_trees(trees: Sequence[Tree]) -> Array:
-    """Tokens of each tree, int64 [trees], without reading those that are on disk."""
+    """Tokens of each tree, integers [trees], without reading those that are on disk."""
     if isinstance(trees, LazyTrees):
         return trees.lengths
     return np.array([tree_length(tree) for tree in trees], dtype=np.int64)

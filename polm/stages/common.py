@@ -302,9 +302,9 @@ def build_source(trees: Sequence[Tree], settings: PackedSettings, ledger: Ledger
         seed=settings.seed,
     )
     ledger["bins"] += len(packed.bins)
-    unseen = packed.find_unseen()
-    ledger["not_reached"] += len(unseen)
-    ledger["tokens_not_reached"] += int(lengths[unseen].sum())
+    num_trees, num_tokens = packed.count_unseen()
+    ledger["not_reached"] += num_trees
+    ledger["tokens_not_reached"] += num_tokens
     ledger["tokens_of_room_unused"] += len(packed.bins) * bin_tokens - ledger["tokens_kept"]
     return packed
 

@@ -25,6 +25,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -116,7 +117,8 @@ def render_chat(
             " its messages are empty and the template writes no end-of-turn token. Cure: drop the conversation"
         )
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
-        _require_prompt_prefix(tokenizer, render, messages, text, ids_T)
+        prompt, _ = render(messages[:-1], True, False)
+        _require_prompt_prefix(tokenizer, prompt, text, ids_T, starts_T, ends_T)
     return RenderedChat(ids_T, mask_T, text, messages_T)
 
 
@@ -180,9 +182,11 @@ def find_control_tokens(tokenizer: PreTrainedTokenizerFast, text: str, *, role: 
     An empty list means that the text is safe. Unknown words do not count.
     """
     facts = _facts(tokenizer)
-    refused = facts.special_ids if role == "assistant" else facts.special_ids | facts.template_ids
-    ids = facts.encoder.encode(text, add_special_tokens=False).ids
-    found = [facts.added_texts[token] for token in ids if token in refused]
+    found: list[str] = []
+    if facts.may_hold(text):
+        refused = facts.special_ids if role == "assistant" else facts.special_ids | facts.template_ids
+        ids = facts.encoder.encode(text, add_special_tokens=False).ids
+        found = [facts.added_texts[token] for token in ids if token in refused]
     return list(dict.fromkeys([*found, *(marker for marker in facts.text_markers if marker in text)]))
 
 
@@ -197,8 +201,14 @@ class _Facts:
     encoder: Tokenizer  # as the tokenizer's own, but with offsets that cover leading spaces
     special_ids: frozenset[int]
     added_texts: dict[int, str]
+    is_added_V: npt.NDArray[np.bool_]
     template_ids: frozenset[int]  # added tokens that stand in the template's source
     text_markers: tuple[str, ...]
+    written: re.Pattern[str] | None  # the tokens that may be refused, where a text without them cannot encode to them
+
+    def may_hold(self, text: str) -> bool:
+        """False if no token of `text` can be one of those that are refused; far cheaper than to encode it."""
+        return self.written is None or not text.isascii() or self.written.search(text) is not None
 
 
 _FACTS: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
@@ -220,17 +230,39 @@ def _facts(tokenizer: PreTrainedTokenizerFast) -> _Facts:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # Post-processors trim spaces off the offsets and may add tokens; padding and truncation are left over from calls.
     encoder = Tokenizer.from_str(json.dumps({**state, "post_processor": None, "padding": None, "truncation": None}))
+    special_ids = frozenset(index for index, token in added.items() if token.special and index != unknown)
+    # Some vocabularies hold runs of white space as added tokens; those are no role markers.
+    template_ids = frozenset(i for i, t in added.items() if template and t.content.strip() and t.content in template)
+    is_added_V = np.zeros(max([len(tokenizer), *(index + 1 for index in added)]), dtype=np.bool_)
+    is_added_V[list(added)] = True
     facts = _Facts(
         stamp=stamp,
         encoder=encoder,
-        special_ids=frozenset(index for index, token in added.items() if token.special and index != unknown),
+        special_ids=special_ids,
         added_texts={index: token.content for index, token in added.items()},
-        # Some vocabularies hold runs of white space as added tokens; those are no role markers.
-        template_ids=frozenset(i for i, t in added.items() if template and t.content.strip() and t.content in template),
+        is_added_V=is_added_V,
+        template_ids=template_ids,
         text_markers=next((TEXT_MARKERS.get(name, ()) for name in TEMPLATES if TEMPLATES[name] == template), ()),
+        written=_build_pattern(state, [added[index].content for index in special_ids | template_ids]),
     )
     _FACTS[tokenizer] = facts
     return facts
+
+
+def _build_pattern(state: Mapping[str, Any], contents: Sequence[str]) -> re.Pattern[str] | None:
+    """Finds the added tokens in ASCII text; None where a text that does not hold their letters might become one.
+
+    That needs a BPE whose pieces are parts of the text (pre-tokenisers split it, and write other characters for spaces
+    and bytes only), a normaliser that leaves ASCII as it is, and tokens of printable ASCII.
+    """
+    model, normaliser = state["model"], state.get("normalizer") or {"type": "NFC"}
+    parts_only = model["type"] == "BPE" and not any(
+        model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    leaves_ascii = normaliser["type"] in ("NFC", "NFD", "NFKC", "NFKD")
+    if not contents or not parts_only or not leaves_ascii or not all(re.fullmatch("[!-~]+", c) for c in contents):
+        return None
+    return re.compile("|".join(map(re.escape, contents)))
 
 
 def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -256,7 +288,7 @@ def _encode(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Token ids [T], and the characters [start, end) that each covers, [T] and [T]."""
     encoding = _facts(tokenizer).encoder.encode(text, add_special_tokens=False)
-    offsets_T2 = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    offsets_T2 = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
     return np.array(encoding.ids, dtype=np.int64), offsets_T2[:, 0], offsets_T2[:, 1]
 
 
@@ -458,12 +490,12 @@ def _require_end_of_turn(
 
 def _require_prompt_prefix(
     tokenizer: PreTrainedTokenizerFast,
-    render: _Render,
-    messages: Sequence[Message],
+    prompt: str,
     text: str,
     ids_T: npt.NDArray[np.int64],
+    starts_T: npt.NDArray[np.int64],
+    ends_T: npt.NDArray[np.int64],
 ) -> None:
-    prompt, _ = render(messages[:-1], True, False)
     if not text.startswith(prompt):
         raise ModelError(
             "the prompt of the last answer is not the beginning of the conversation as the chat template renders it"
@@ -471,6 +503,8 @@ def _require_prompt_prefix(
             " Cure: give the answer in the form the template expects (reasoning models may want <think> first), pass"
             " template_kwargs that switch this off, or set another template"
         )
+    if _ends_alike(tokenizer, prompt, text, ids_T, starts_T, ends_T):
+        return
     prompt_ids, _, prompt_ends = _encode(tokenizer, prompt)
     if not np.array_equal(prompt_ids, ids_T[: len(prompt_ids)]):
         num_common = min(len(prompt_ids), len(ids_T))
@@ -483,6 +517,31 @@ def _require_prompt_prefix(
             f" the prompt and {tokens[1]!r} in the conversation, near {text[max(0, at - 20) : at + 20]!r}. Cure: strip"
             " white space from the start of the last answer, or set a template whose role markers are special tokens"
         )
+
+
+def _ends_alike(
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    text: str,
+    ids_T: npt.NDArray[np.int64],
+    starts_T: npt.NDArray[np.int64],
+    ends_T: npt.NDArray[np.int64],
+) -> bool:
+    """Whether the tokens of the prompt are seen to be the first ones of `text`, from its last added token alone.
+
+    A tokenizer cuts a text at its added tokens first, and what stands between them cannot change each other. So what
+    is before the last added token of the prompt is encoded as it is in `text`, and only the rest is encoded again.
+    """
+    facts = _facts(tokenizer)
+    places = np.flatnonzero(facts.is_added_V[ids_T] & (ends_T <= len(prompt)))
+    if not len(places):
+        return False
+    last = int(places[-1])
+    start = int(starts_T[last])
+    if text[start : int(ends_T[last])] != facts.added_texts[int(ids_T[last])]:
+        return False  # it came out of a normaliser, or took spaces beside it
+    tail = facts.encoder.encode(prompt[start:], add_special_tokens=False).ids
+    return bool(np.array_equal(tail, ids_T[last : last + len(tail)]))
 
 
 def _first_mismatch(shorter: str, longer: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from polm.data.fingerprint import fingerprint_trees
 from polm.data.packing import pack_trees
-from polm.data.tree_store import AttachedTrees, TreeWriter, measure_trees
+from polm.data.tree_store import STRIDE, AttachedTrees, TreeWriter, measure_trees
 from polm.errors import DataError, StoreError
 from polm.tokens import Segment, Tree, build_completions, build_document
 
@@ -45,6 +45,19 @@ def test_trees_come_back_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         stored[4]  # type: ignore[index]
     assert list(tmp_path.iterdir()) == []  # the file has no name, so that nothing is left behind
+
+
+def test_places_are_found_between_the_offsets_that_are_kept(tmp_path: Path) -> None:
+    """Trees of one to three segments, weighted or not, so that trees lie across the places where an offset is kept."""
+    rng = np.random.default_rng(0)
+    trees: list[Tree] = []
+    for number in range(3 * STRIDE):
+        answers = [rng.integers(0, 99, rng.integers(1, 4)) for _ in range(number % 3)]
+        trees.append(build_completions(rng.integers(0, 99, 2), answers) if answers else build_document([number, 1]))
+    stored = store(tmp_path, trees)
+    for place in (*range(0, len(trees), 7), len(trees) - 1):
+        assert describe(stored[place]) == describe(trees[place])  # type: ignore[index]
+    assert fingerprint_trees(stored) == fingerprint_trees(trees)  # type: ignore[arg-type]
 
 
 def test_batches_are_the_same(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from polm.errors import DataError, ModelError, UserError
+from polm.text import chat as module
 from polm.text.chat import find_control_tokens, render_chat, render_prompt, show_supervision, stop_token_ids
 from polm.text.templates import CONTROL_TOKENS, TEMPLATES, apply_template
 from polm.text.tokenizer import train_tokenizer
@@ -177,6 +178,67 @@ def test_a_changed_tokenizer_is_noticed() -> None:
     apply_template(tokenizer, "chatml")
     chat = render_chat(tokenizer, CHAT)
     assert starred(tokenizer, chat.token_ids, chat.assistant_mask) == EXPECTED["chatml"]
+
+
+STRANGE = [
+    "",
+    " ",
+    "\n",
+    "\n\nok",
+    " ok ",
+    "ok\n",
+    "é",
+    "K ok",
+    "<|im_end|",
+    "a<",
+    "|>b",
+    "hi  hey",
+    "\u037e",
+    "<|eos|",
+    "￭",
+]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_shortcuts_decide_as_the_whole_text_does(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is compared from its last added token on, and messages without a marker's letters are not encoded."""
+    tokenizer = tokenizer_for(name, kind)
+
+    def describe(messages: list[dict[str, str]]) -> Any:
+        try:
+            chat = render_chat(tokenizer, messages)
+        except (DataError, ModelError) as error:
+            return str(error)
+        return chat.token_ids.tolist(), chat.message_index.tolist()
+
+    chats = [
+        [*CHAT[1:3], *user(question)[:1], {"role": "assistant", "content": answer}]
+        for question in STRANGE
+        for answer in STRANGE
+    ]
+    quick = [describe(messages) for messages in chats]
+    monkeypatch.setattr(module, "_ends_alike", lambda *_: False)
+    monkeypatch.setattr(module._Facts, "may_hold", lambda *_: True)
+    assert quick == [describe(messages) for messages in chats]
+
+
+def test_the_shortcut_of_a_prompt_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_for("chatml")
+    encoded: list[str] = []
+    plain = module._encode
+    monkeypatch.setattr(module, "_encode", lambda given, text: encoded.append(text) or plain(given, text))
+    chat = render_chat(tokenizer, CHAT)
+    assert encoded == [chat.text]
+    assert module._facts(tokenizer).written is not None
+    assert module._facts(tokenizer_for(kind="word")).written is None
+
+
+@pytest.mark.parametrize("marker", ["<|eos|>", "<|user|>", "<|assistant|>", "<|system|>"])
+@pytest.mark.parametrize("text", ["{}", "a{}b", "é {}", "<{}", "\n{}"])
+def test_markers_are_found_wherever_they_stand(marker: str, text: str) -> None:
+    for kind in ("bpe", "word"):
+        assert find_control_tokens(tokenizer_for(kind=kind), text.format(marker)) == [marker]
 
 
 # --- templates that do not allow an exact mask ----------------------------------------------------------------------
