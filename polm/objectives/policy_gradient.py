@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from polm.errors import RecipeError
+from polm.objectives.sampler_gap import compute_sampler_gap
 from polm.signals.kl import compute_kl_k3
 from polm.signals.token_weights import compute_segment_sum
 from polm.tokens import Loss, Metric, Needs, Objective, Scores, TokenBatch
@@ -176,15 +177,14 @@ def compute_normalized(
 def _build_metrics(per_token: dict[str, Tensor], scores: Scores, batch: TokenBatch) -> dict[str, Metric]:
     """Means over the target tokens, and the distance from the sampler's own log-probabilities where they are known."""
     weights_N = batch.at_targets("weights")
-    metrics = {}
+    metrics: dict[str, Metric] = {}
     if "sampler_logprobs" in batch.streams:
         sampler_N = batch.at_targets("sampler_logprobs").float()
         old_N = _read_old_logprobs(scores, batch)
-        gap_N, mismatch_N = (scores.logprobs_N - sampler_N).abs(), (old_N - sampler_N).abs()
-        kl_N = compute_kl_k3(sampler_N, old_N)
-        per_token = {**per_token, "rl/sampler_gap": gap_N, "rl/mismatch_mean": mismatch_N, "rl/mismatch_kl": kl_N}
-        if len(gap_N):
-            metrics["rl/sampler_gap_max"] = Metric(gap_N.max(), 1.0)
+        mismatch_N, kl_N = (old_N - sampler_N).abs(), compute_kl_k3(sampler_N, old_N)
+        per_token = {**per_token, "rl/mismatch_mean": mismatch_N, "rl/mismatch_kl": kl_N}
+        metrics |= compute_sampler_gap(scores.logprobs_N, batch)
+        if len(mismatch_N):
             metrics["rl/mismatch_max"] = Metric(mismatch_N.max(), 1.0)
     for name, value_N in per_token.items():
         metrics[name] = Metric((weights_N * value_N.float()).sum(), weights_N.sum())

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from polm.data.packing import mix_seed
 from polm.objectives.online import build_nash_md, build_xpo
 from polm.objectives.preference import Knobs, build_preference
+from polm.objectives.sampler_gap import log_sampler_gap
 from polm.recipe_online import OnlineSettings
 from polm.rewards.base import Rewarder
 from polm.rewards.rank import compute_preference, reward_by_rank
@@ -84,9 +85,8 @@ class OnlineSource:
         own_R = np.array([c.sample_index < num_own for c in rollout.completions], dtype=np.float32)
         self.sampler.log(rollout, {} if settings.method == "dpo" else {"own": own_R})
         build = build_answer_trees if settings.method == "nash_md" else build_pair_trees
-        batches = collate_bins(
-            build(rollout, num_own, matches), settings.bin_tokens
-        )  # none: the update changes nothing
+        trees = build(rollout, num_own, matches, is_comparable(settings))
+        batches = collate_bins(trees, settings.bin_tokens)  # none: the update changes nothing
         more = (self.reference, settings.precision, score_temperature(settings))
         return Step([add_scores(batch, "ref_logprobs", *more) for batch in batches], metrics)
 
@@ -175,36 +175,41 @@ def _value(rollout: Rollout, index: int) -> float:
     return value
 
 
-def build_pair_trees(rollout: Rollout, num_own: int, matches: Sequence[Match]) -> list[Tree]:
+def build_pair_trees(rollout: Rollout, num_own: int, matches: Sequence[Match], comparable: bool = False) -> list[Tree]:
     """A tree a match: the prompt with the chosen answer (mark sign 1) and the rejected one (sign -1); an answer of the
-    reference has the mark `explored`."""
+    reference has the mark `explored`. With `comparable` the policy's own carry their `sampler_logprobs`, the others
+    NaN."""
     trees = []
     for match in matches:
         order = (match.first, match.second) if match.preference > 0.5 else (match.second, match.first)
         answers = [rollout.completions[i] for i in order]
-        marks = []
+        marks, streams = [], []
         for sign, answer in zip((1.0, -1.0), answers, strict=True):
             is_other = answer.sample_index >= num_own
             marks.append({"sign": sign, "explored": 1.0} if is_other else {"sign": sign})
+            logprobs = np.full(len(answer.tokens), np.nan, np.float32) if is_other else answer.logprobs
+            streams.append({"sampler_logprobs": logprobs})
         prompt = rollout.encoded[answers[0].prompt_index]
-        trees.append(build_completions(prompt, [a.tokens for a in answers], marks=marks))
+        trees.append(build_completions(prompt, [a.tokens for a in answers], streams if comparable else None, marks))
     return trees
 
 
-def build_answer_trees(rollout: Rollout, num_own: int, matches: Sequence[Match]) -> list[Tree]:
-    """A tree a prompt: the policy's answers, each with the mark `preference` over the one that it met."""
+def build_answer_trees(
+    rollout: Rollout, num_own: int, matches: Sequence[Match], comparable: bool = False
+) -> list[Tree]:
+    """A tree a prompt: the policy's answers, each with the mark `preference` over the one that it met, and with
+    `comparable` their `sampler_logprobs`."""
     del num_own
     groups: dict[int, list[Match]] = {}
     for match in matches:
         groups.setdefault(rollout.completions[match.first].prompt_index, []).append(match)
-    return [
-        build_completions(
-            rollout.encoded[prompt],
-            [rollout.completions[m.first].tokens for m in mine],
-            marks=[{"preference": m.preference} for m in mine],
-        )
-        for prompt, mine in groups.items()
-    ]
+    trees = []
+    for prompt, mine in groups.items():
+        answers = [rollout.completions[m.first] for m in mine]
+        streams = [{"sampler_logprobs": answer.logprobs} for answer in answers] if comparable else None
+        marks = [{"preference": m.preference} for m in mine]
+        trees.append(build_completions(rollout.encoded[prompt], [a.tokens for a in answers], streams, marks))
+    return trees
 
 
 def measure(rollout: Rollout, num_own: int, matches: Sequence[Match], counts: dict[str, int]) -> dict[str, float]:
@@ -230,12 +235,23 @@ def score_temperature(settings: OnlineSettings) -> float:
     return settings.temperature if settings.method == "nash_md" else 1.0
 
 
+def is_comparable(settings: OnlineSettings) -> bool:
+    """Whether the log-probabilities of the loss are those that the generator drew the policy's answers with: not at
+    another temperature, and not where a mixture drew all of them."""
+    from_mixture = settings.method == "dpo" and bool(settings.mixture)
+    return settings.temperature == score_temperature(settings) and not from_mixture
+
+
 def build_objective(settings: OnlineSettings) -> Objective:
-    """The loss of the method."""
-    if settings.method == "nash_md":
-        return build_nash_md(settings.beta)
+    """The loss of the method; it logs how far the generator's log-probabilities are from its own."""
     loss, knobs = settings.loss or "sigmoid", Knobs(beta=settings.beta)
-    return build_xpo(loss, knobs, settings.alpha or 0.0) if settings.method == "xpo" else build_preference(loss, knobs)
+    if settings.method == "nash_md":
+        objective = build_nash_md(settings.beta)
+    elif settings.method == "xpo":
+        objective = build_xpo(loss, knobs, settings.alpha or 0.0)
+    else:
+        objective = build_preference(loss, knobs)
+    return log_sampler_gap(objective)
 
 
 def load_comparer(settings: OnlineSettings, context: Context) -> Rewarder | None:

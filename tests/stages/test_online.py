@@ -68,6 +68,27 @@ def test_a_turn(method: str, artifact: Any, check_trained: Any, read_rows: Any, 
     assert ledger["online_ties"] == pytest.approx(sum(shares) * per_update)
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_logged"),
+    [
+        *(({"method": method, "temperature": 1.0}, True) for method in sorted(ONLINE_KNOBS)),
+        ({"method": "nash_md"}, True),
+        ({"method": "dpo"}, False),  # sampled at 1.5, learned at 1
+        ({"method": "xpo"}, False),
+        ({"method": "dpo", "temperature": 1.0, "mixture": 0.5}, False),  # drawn by policy and reference together
+    ],
+)
+def test_the_generators_logprobs_are_the_trainers(
+    changes: dict[str, Any], is_logged: bool, artifact: Any, read_rows: Any, tmp_path: Path
+) -> None:
+    settings = OnlineSettings(**{**SMALL, **changes}, updates=3, optimizer={"learning_rate": 0.003})
+    artifact.run("online", settings, artifact.inputs("online"), tmp_path / "out")
+    lines = read_rows(tmp_path / "out" / "metrics.jsonl")
+    assert all(("rl/sampler_gap" in line) == is_logged for line in lines)
+    if is_logged:
+        assert all(0.0 <= line["rl/sampler_gap"] <= line["rl/sampler_gap_max"] < 1e-3 for line in lines)
+
+
 def test_samples_are_kept_for_people(artifact: Any, read_rows: Any) -> None:
     rows = read_rows(artifact("online") / "samples.jsonl")
     assert [row["update"] for row in rows] == [1] * 4 + [2] + [3] * 4

@@ -31,6 +31,7 @@ def test_a_turn(artifact: Any, check_trained: Any, read_rows: Any) -> None:
         assert first["rl/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
         assert first["ppo/value_clip_fraction"] == 0.0
     assert lines[0]["ppo/value_mean"] == 0.0  # a fresh critic says 0
+    assert all(line["rl/mismatch_max"] < 1e-3 for line in lines)
     assert lines[7]["ppo/value_mean"] != 0.0
     assert abs(lines[3]["rl/ratio_mean"] - 1.0) > 1e-6  # the second pass is off-policy
     for line in lines:

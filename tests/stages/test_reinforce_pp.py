@@ -33,6 +33,7 @@ def test_a_turn(artifact: Any, check_trained: Any, read_rows: Any) -> None:
         assert line["rl/ratio_mean"] == 1.0  # one update a rollout
         assert line["rl/importance_mean"] == pytest.approx(1.0, abs=1e-3)  # the generator agrees with the trainer
         assert line["rl/importance_capped_fraction"] == 0.0
+        assert line["rl/sampler_gap_max"] < 1e-3
         assert "rl/kl_penalty" in line
 
 

@@ -20,6 +20,7 @@ def test_a_turn(artifact: Any, check_trained: Any, read_rows: Any, read_manifest
     check_trained(folder, artifact("dpo"))
     lines = read_rows(folder / "metrics.jsonl")
     assert all(0.0 <= line["rl/greedy_reward"] <= 1.0 for line in lines)
+    assert all(line["rl/sampler_gap_max"] < 1e-3 for line in lines)
     ledger = read_manifest(folder)["ledger"]
     assert (ledger["samples"], ledger["greedy_samples"], ledger["greedy_samples_unjudged"]) == (32, 8, 0)
     # Within a group one number is taken off: the difference of two advantages is that of the rewards.
