@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from polm.data.readers import read_documents
-from polm.errors import UserError
+from polm.errors import DataError, UserError
 from polm.recipe import TokenizerSettings
 from polm.text.tokenizer import fingerprint_tokenizer, normalise_words
 
@@ -35,6 +35,15 @@ def test_words_that_do_not_fit_are_counted(artifact: Any, tmp_path: Path) -> Non
     manifest = artifact.run("tokenizer", TokenizerSettings(kind="word", vocab_size=60), inputs, tmp_path / "small")
     assert manifest["summary"]["vocabulary"] == 60
     assert manifest["ledger"]["sample_unknown"] > 100
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word", "byte"])
+def test_a_bad_line_is_named(kind: str, artifact: Any, tmp_path: Path) -> None:
+    """Also where it is read within the training of the vocabulary, which is not Python."""
+    (tmp_path / "pretrain.jsonl").write_text('{"text": "add 1 and 2 ."}\n' * 600 + '{"text": 3}\n')
+    settings = TokenizerSettings(kind=kind, vocab_size=300)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"pretrain\.jsonl:601: text must be a string"):
+        artifact.run("tokenizer", settings, {"data": str(tmp_path)}, tmp_path / "out")
 
 
 def test_settings_that_cannot_work(artifact: Any, tmp_path: Path) -> None:
