@@ -32,7 +32,8 @@ def compare(
         assert one.shape == other.shape
         tolerance = 4e-6 if dtype == torch.float32 else 2.0**-8
         # Of the largest number: a sum's small results carry the rounding of its large terms.
-        assert float((one.double() - other).abs().max()) <= tolerance * float(other.abs().max())
+        gap = float((one.detach().double() - other.detach()).abs().max())
+        assert gap <= tolerance * float(other.detach().abs().max())
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
