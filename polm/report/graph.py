@@ -227,6 +227,7 @@ def build_graph(run: Run, seed: int | None) -> str:
         for y, label in labels
     )
     return (
+        '<p class="quiet narrow">The picture is wider than this screen: move it sideways.</p>'
         f'<div class="scroll"><svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="graph of stages, {num_done} of {len(nodes)} done">'
         f'<defs><marker id="{marker}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '

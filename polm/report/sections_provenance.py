@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polm.report.escape import esc
-from polm.report.load import Node, Run
+from polm.report.load import KEY_LENGTH, Node, Run
 from polm.report.markup import (
     Cell,
     build_details,
@@ -20,7 +20,6 @@ LEDGER_ORDER = (
     *("read", "unknown", "split", "truncated", "dropped", "lost"),
     *("kept", "packed", "supervised", "masked", "down_weighted", "unused"),
 )
-KEY_LENGTH = 12
 
 
 def _order_entries(nodes: list[Node]) -> list[str]:
@@ -44,21 +43,26 @@ def section_ledger(run: Run) -> str:
         return build_paragraph("No finished stage has written a ledger yet.", "callout")
     parts = [
         build_paragraph(
-            "How to read: a row is one stage, a column is one count of its ledger (examples, and tokens where it says "
-            "so). Nothing is lost in silence: what was read and not trained on has a column.",
+            "How to read: a row is one count of a ledger (examples, and tokens where it says so), a column is one "
+            "stage. Nothing is lost in silence: what was read and not trained on has a row.",
             "quiet",
         )
     ]
     for index, (leaf, nodes) in enumerate(by_leaf.items()):
-        entries = _order_entries(nodes)
-        body = [
-            [code_cell(node.id)]
-            + [number_cell(node.manifest.ledger.get(name) if node.manifest else None) for name in entries]
-            for node in nodes
-        ]
-        headings = ["node", *(f">{name.replace('_', ' ')}" for name in entries)]
-        parts.append(build_details(f"{leaf} ({len(nodes)})", build_table(headings, body), is_open=index < 3))
+        parts.append(build_details(f"{leaf} ({len(nodes)})", _build_ledger_table(nodes), is_open=index < 3))
     return "".join(parts)
+
+
+def _build_ledger_table(nodes: list[Node]) -> str:
+    """A row a count: there are more counts than stages of one kind, and a narrow page has no room for their names."""
+    body = [
+        [text_cell(name.replace("_", " "))]
+        + [number_cell(node.manifest.ledger.get(name) if node.manifest else None) for node in nodes]
+        for name in _order_entries(nodes)
+    ]
+    return build_table(
+        ["count", *(f">{node.id.removesuffix(f'/{node.leaf}')}" for node in nodes)], body, classes="slim"
+    )
 
 
 def section_lineage(run: Run) -> str:

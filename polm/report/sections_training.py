@@ -194,9 +194,9 @@ def _build_crossing_words(crossings: dict[Arm, Crossing]) -> str:
         for number, one in enumerate(crossings.values())
     )
     window = max(one.window for one in crossings.values())
+    averaged = f"averaged over {window} logged points (each point and those before it)" if window > 1 else "as logged"
     note = build_paragraph(
-        f"Curves that pass each other, by {PLAIN_NLL} averaged over {window} logged points (each point and those "
-        "before it); means over the seeds that both have. It is the likelihood of the training text, noise included: "
+        f"Curves that pass each other, by {PLAIN_NLL} {averaged}; means over the seeds that both have. It is the likelihood of the training text, noise included: "
         "an arm that lies above may still be the better base, which the benchmarks decide. Rings in the first plot "
         "mark the places.",
         "quiet",

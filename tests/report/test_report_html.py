@@ -164,7 +164,7 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
 
 def test_ledger_and_lineage(small_page: str) -> None:
     text = "".join(parse(small_page).text)
-    ledger = text[text.index("How to read: a row is one stage") :]
+    ledger = text[text.index("How to read: a row is one count") :]
     assert ledger.index("tokens read") < ledger.index("tokens lost") < ledger.index("tokens kept")
     assert "240\u202f000" in ledger
     assert 'href="#node-0"><code>s0/data</code>' in small_page
