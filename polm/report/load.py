@@ -310,9 +310,18 @@ def load_stage(folder: Path) -> Run:
     manifest = read_json(_MANIFEST, folder / "manifest.json")
     keys = {role: str(key) for role, key in manifest.inputs.items()}
     inputs = {role: key if key.startswith("hub:") else key[:KEY_LENGTH] for role, key in keys.items()}
-    spec = NodeSpec(manifest.stage, manifest.stage, manifest.key, inputs=inputs, config=manifest.config)
-    settings = yaml.safe_dump(manifest.config, sort_keys=False, allow_unicode=True) if manifest.config else ""
     name = folder.resolve().name
+    seed = manifest.config.get("seed")
+    spec = NodeSpec(
+        manifest.stage,
+        manifest.stage,
+        manifest.key,
+        inputs=inputs,
+        seed=seed if isinstance(seed, int) else None,
+        arm=name,
+        config=manifest.config,
+    )
+    settings = yaml.safe_dump(manifest.config, sort_keys=False, allow_unicode=True) if manifest.config else ""
     return Run(folder, name, (_load_artifact(folder, spec, True),), settings, manifest.versions, None, is_stage=True)
 
 
@@ -338,7 +347,7 @@ def load_run(run_dir: Path, *, with_details: bool = True) -> Run:
         found = "a folder without run.json" if run_dir.is_dir() else "no folder"
         raise StoreError(
             f"{run_dir}: found {found}, expected the folder of a run (with run.json and store/); "
-            "name the folder under runs/ that `polm run` wrote"
+            "name the folder under runs/ that `polm run` wrote, or, for a report, the `out` of a stage that is finished"
         )
     spec = read_json(_RUN, run_file)
     loaded: dict[Path, Node] = {}

@@ -191,10 +191,11 @@ def _list_used(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def assign_roles(answers: Sequence[DrawnAnswer], used: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """The role of each answer. Of equal texts the first one was used: the others were dropped as duplicates."""
+    """The role of each answer. Of equal texts the first that could be used was: the others were dropped."""
     first: dict[str, int] = {}
-    for index, answer in enumerate(answers):
-        first.setdefault(answer.text, index)
+    usable = [i for i, answer in enumerate(answers) if answer.reward is not None and not answer.cut_off]
+    for index in (*usable, *range(len(answers))):
+        first.setdefault(answers[index].text, index)
     roles = [""] * len(answers)
     for text, role in used:
         if text in first:

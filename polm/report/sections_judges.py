@@ -11,6 +11,7 @@ from rich.text import Text
 from polm.report.escape import clean_text
 from polm.report.load import Node, Run
 from polm.report.markup import build_paragraph, build_table, code_cell, text_cell
+from polm.report.sections_made import build_verdicts
 
 STAGES = ("judge", "constitution")
 NOTHING = "–"
@@ -77,7 +78,8 @@ def section_judges(run: Run) -> str:
         "How to read: " + "; ".join(f"{name}: {words}" for name, words in COLUMNS) + ". Intervals are Wilson's, 95 %."
     )
     rows = [[code_cell(node.id), *(text_cell(cell, "num") for cell in build_row(node))] for node in nodes]
-    return build_paragraph(lead, "quiet") + build_table(["node", *(f">{name}" for name, _ in COLUMNS)], rows)
+    table = build_table(["node", *(f">{name}" for name, _ in COLUMNS)], rows)
+    return build_paragraph(lead, "quiet") + table + build_verdicts(run)
 
 
 def build_judges_table(run: Run) -> Table | None:

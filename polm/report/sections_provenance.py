@@ -40,7 +40,8 @@ def section_ledger(run: Run) -> str:
         if node.manifest is not None and node.manifest.ledger and node.status == "done":
             by_leaf.setdefault(node.leaf, []).append(node)
     if not by_leaf:
-        return build_paragraph("No finished stage has written a ledger yet.", "callout")
+        is_to_come = any(node.status == "pending" for node in run.nodes)
+        return build_paragraph("No finished stage has written a ledger yet.", "callout") if is_to_come else ""
     parts = [
         build_paragraph(
             "How to read: a row is one count of a ledger (examples, and tokens where it says so), a column is one "
@@ -98,10 +99,11 @@ def section_lineage(run: Run) -> str:
 def section_recipe(run: Run) -> str:
     """The resolved recipe, every default written out."""
     if not run.recipe_text.strip():
-        return build_paragraph("The run folder holds no recipe.", "callout")
+        return "" if run.is_stage else build_paragraph("The run folder holds no recipe.", "callout")
     num_lines = run.recipe_text.count("\n") + 1
     block = f'<pre class="recipe">{esc(run.recipe_text)}</pre>'
-    return build_details(f"recipe.yaml, {num_lines} lines", block, is_open=num_lines <= 60)
+    name = f"Settings of the stage, {num_lines} lines" if run.is_stage else f"recipe.yaml, {num_lines} lines"
+    return build_details(name, block, is_open=num_lines <= 60)
 
 
 def section_versions(run: Run) -> str:

@@ -1,0 +1,67 @@
+"""The section of what went wrong: samples that nobody could judge, and what was dropped or cut, each with its reason.
+
+The counts are the ledgers'; the answers that could not be judged are the first ones that a stage noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from polm.report.compare import compute_arm
+from polm.report.escape import esc
+from polm.report.load import Node, Run
+from polm.report.losses import list_losses
+from polm.report.made import Problem
+from polm.report.markup import build_details, build_paragraph, build_table, code_cell, number_cell, text_cell
+from polm.report.sections_samples import build_text
+
+MAX_SHOWN = 6
+MAX_PROBLEM_TEXT = 600
+
+
+def _build_problem(problem: Problem) -> str:
+    note = f": {problem.note}" if problem.note else ""
+    return (
+        f'<article class="item"><p class="verdict wrong">? {esc(problem.status)}{esc(note)} (update {problem.update})'
+        f"</p><h5>prompt</h5>{build_text(problem.prompt, MAX_PROBLEM_TEXT)}"
+        f"<h5>answer</h5>{build_text(problem.text, MAX_PROBLEM_TEXT)}</article>"
+    )
+
+
+def _build_unjudged(nodes: Sequence[Node]) -> str:
+    """The first answers that could not be judged, of each stage that noted any."""
+    parts = []
+    for node in nodes:
+        problems = node.made.problems
+        if problems:
+            shown = problems[:MAX_SHOWN]
+            title = f"{compute_arm(node).label}, {node.leaf}: the first {len(shown)} answers that could not be judged"
+            parts.append(build_details(title, "".join(map(_build_problem, shown))))
+    return "".join(parts)
+
+
+def section_problems(run: Run) -> str:
+    """What was left out on the way, why, and how often."""
+    if not any(node.status == "done" for node in run.nodes):
+        return ""
+    losses = list_losses(run)
+    if not losses:
+        return build_paragraph("Nothing: no finished stage has dropped, cut or failed to judge anything.")
+    lead = build_paragraph(
+        "How to read: a row is one reason for which samples, examples or tokens were left out or not judged, summed "
+        "over all stages of that name. What is not listed here was zero; the ledger has all counts. What could not be "
+        "judged counts neither as right nor as wrong.",
+        "quiet",
+    )
+    body = [
+        [
+            code_cell(loss.leaf),
+            text_cell(loss.name.replace("_", " ")),
+            number_cell(loss.count),
+            number_cell(loss.num_stages),
+            text_cell(loss.meaning),
+        ]
+        for loss in losses
+    ]
+    table = build_table(["stage", "count", ">number", ">stages", "what it means"], body, classes="wide-last")
+    return lead + table + _build_unjudged(run.nodes)
