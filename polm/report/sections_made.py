@@ -14,12 +14,13 @@ from polm.report.compare import compute_arm, format_percent
 from polm.report.escape import esc
 from polm.report.load import Node, Run
 from polm.report.made import AnswerGroup, Bin, DrawnAnswer, Holdout, JudgedPair, Round, Transcript
-from polm.report.markup import build_details, build_grid, build_paragraph, build_table, code_cell, text_cell
+from polm.report.markup import Cell, build_details, build_grid, build_paragraph, build_table, code_cell, text_cell
 from polm.report.plots import Line, build_line_plot
 from polm.report.sections_samples import build_text
 
 MAX_NODES = 3
 MAX_ITEMS = 6  # groups, verdicts or transcripts of a stage
+MAX_UNUSED = 2  # of these, prompts that gave nothing
 MAX_GROUP_ANSWERS = 8
 MAX_MADE_TEXT = 600
 ROLE_WORDS = {"kept": "✓ kept", "chosen": "✓ chosen", "rejected": "✗ rejected", "": "· not used"}
@@ -59,13 +60,13 @@ def describe_length_rule(holdout: Holdout) -> str:
     return f"preferring the {which} answer: {format_percent(holdout.length_accuracy)} %"
 
 
-def _build_reliability(name: str, table: Sequence[Bin]) -> str:
+def _build_reliability(table: Sequence[Bin]) -> str:
     intervals = [compute_wilson_interval(round(one.accuracy * one.count), one.count) for one in table]
     what = "pairs" if table[0].pairs else "steps"
     x = [float(index) for index in range(len(table))]
     lines = [
         Line(
-            f"{name}: how often it was right",
+            "how often it was right",
             x,
             [100 * one.accuracy for one in table],
             0,
@@ -73,7 +74,7 @@ def _build_reliability(name: str, table: Sequence[Bin]) -> str:
             [100 * one.low95 for one in intervals],
             [100 * one.high95 for one in intervals],
         ),
-        Line(f"{name}: how sure it was", x, [100 * one.confidence for one in table], 1, 1),
+        Line("how sure it was", x, [100 * one.confidence for one in table], 1, 1),
     ]
     sizes = ", ".join(f"{one.count}" for one in table)
     said = "of its preference" if what == "pairs" else "that a step is right"
@@ -127,11 +128,11 @@ def section_reward_models(run: Run) -> str:
         assert holdout is not None
         count = f"{holdout.pairs} pairs" if holdout.pairs else f"{holdout.steps} steps of {holdout.answers} answers"
         rows = [
-            [text_cell(name), text_cell(value, "num"), text_cell(words)]
+            [Cell(f"{esc(name)}<small>{esc(words)}</small>"), text_cell(value, "num")]
             for name, value, words in _list_holdout_rows(holdout)
         ]
-        table = build_table(["measure", ">value", "how to read it"], rows)
-        plot = build_grid([_build_reliability(node.leaf, holdout.reliability)]) if holdout.reliability else ""
+        table = build_table(["measure, and how to read it", ">value"], rows, classes="measures")
+        plot = build_grid([_build_reliability(holdout.reliability)]) if holdout.reliability else ""
         return f"{format_percent(holdout.accuracy)} % of {count} held out", table + plot
 
     return _build_folds(run, lambda node: node.made.holdout, build)
@@ -165,6 +166,13 @@ def _build_group(group: AnswerGroup) -> str:
     )
 
 
+def choose_groups(groups: Sequence[AnswerGroup]) -> list[AnswerGroup]:
+    """The first prompts with an answer that was used, and then the first ones without."""
+    unused = [group for group in groups if not any(group.roles)][:MAX_UNUSED]
+    used = [group for group in groups if any(group.roles)]
+    return used[: MAX_ITEMS - len(unused)] + unused
+
+
 def section_answers(run: Run) -> str:
     """Which of a model's own answers became data, and which did not; empty where no stage draws any."""
 
@@ -174,15 +182,15 @@ def section_answers(run: Run) -> str:
         made = node.manifest.summary.get("pairs", node.manifest.summary.get("kept", 0))
         what = "pairs" if node.spec.stage == "pairs" else "kept"
         words = f"{ledger.get('samples', 0):,.0f} answers to {ledger.get('prompts', 0):,.0f} prompts, {made:,} {what}"
-        return words, "".join(map(_build_group, node.made.answers[:MAX_ITEMS]))
+        return words, "".join(map(_build_group, choose_groups(node.made.answers)))
 
     folds = _build_folds(run, lambda node: node.made.answers, build)
     if not folds:
         return ""
     lead = build_paragraph(
-        f"The first {MAX_ITEMS} prompts of each stage, with their answers: those that were used first. An answer that "
-        "was not used is no better or worse than the others of its prompt, or was dropped; reasons and counts stand "
-        f"under What was left out. Texts are cut at {MAX_MADE_TEXT} characters.",
+        f"The first prompts of each stage that gave something, and the first {MAX_UNUSED} that gave nothing; of each "
+        "prompt the answers that were used come first. The others were dropped (reasons and counts stand under What "
+        f"was left out), or better ones were there. Texts are cut at {MAX_MADE_TEXT} characters.",
         "quiet",
     )
     return lead + folds
@@ -195,7 +203,7 @@ def describe_verdict(verdict: JudgedPair) -> str:
     """What the judge found, in words; how it failed where it did."""
     note = f": {verdict.note}" if verdict.note else ""
     if verdict.grade is not None:
-        return f"grade {verdict.grade:g}{note}"
+        return f"grade {verdict.grade:.3g}{note}"
     if verdict.preference is None:
         return f"no verdict ({verdict.status}{note})"
     share = f"{100 * verdict.preference:.0f} % for the first answer"
@@ -273,7 +281,7 @@ def _build_transcript(transcript: Transcript) -> str:
         f'<div class="answer"><h5>before</h5>{build_text(transcript.answer, MAX_MADE_TEXT)}</div>'
         f'<div class="answer"><h5>after{" (as before)" if is_same else ""}</h5>'
         f"{build_text(transcript.final, MAX_MADE_TEXT)}</div></div>"
-        f"{build_details(f'{len(transcript.rounds)} rounds of critique and revision', rounds)}</article>"
+        f"{build_details(f'Critique and revision (rounds: {len(transcript.rounds)})', rounds)}</article>"
     )
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from polm.report.compare import compute_arm
 from polm.report.escape import esc
 from polm.report.load import Node, Run
-from polm.report.losses import list_losses
+from polm.report.losses import Loss, list_losses
 from polm.report.made import Problem
-from polm.report.markup import build_details, build_paragraph, build_table, code_cell, number_cell, text_cell
+from polm.report.markup import Cell, build_details, build_paragraph, build_table, code_cell, number_cell
 from polm.report.sections_samples import build_text
 
 MAX_SHOWN = 6
@@ -40,12 +40,16 @@ def _build_unjudged(nodes: Sequence[Node]) -> str:
     return "".join(parts)
 
 
+def _describe_loss(loss: Loss) -> str:
+    stages = f" (in {loss.num_stages} stages)" if loss.num_stages > 1 else ""
+    return f"{esc(loss.name.replace('_', ' '))}{stages}<small>{esc(loss.meaning)}</small>"
+
+
 def section_problems(run: Run) -> str:
     """What was left out on the way, why, and how often."""
     if not any(node.status == "done" for node in run.nodes):
         return ""
-    losses = list_losses(run)
-    if not losses:
+    if not list_losses(run):
         return build_paragraph("Nothing: no finished stage has dropped, cut or failed to judge anything.")
     lead = build_paragraph(
         "How to read: a row is one reason for which samples, examples or tokens were left out or not judged, summed "
@@ -54,14 +58,8 @@ def section_problems(run: Run) -> str:
         "quiet",
     )
     body = [
-        [
-            code_cell(loss.leaf),
-            text_cell(loss.name.replace("_", " ")),
-            number_cell(loss.count),
-            number_cell(loss.num_stages),
-            text_cell(loss.meaning),
-        ]
-        for loss in losses
+        [code_cell(loss.leaf), number_cell(loss.count), Cell(_describe_loss(loss), "reason")]
+        for loss in list_losses(run)
     ]
-    table = build_table(["stage", "count", ">number", ">stages", "what it means"], body, classes="wide-last")
+    table = build_table(["stage", ">number", "what, and what it means"], body)
     return lead + table + _build_unjudged(run.nodes)

@@ -93,7 +93,8 @@ def section_lineage(run: Run) -> str:
         "with one key are one artifact.",
         "quiet",
     )
-    return note + build_details(f"{len(run.nodes)} nodes", table, is_open=len(run.nodes) <= 40)
+    num = len(run.nodes)
+    return note + build_details(f"{num} node{'' if num == 1 else 's'}", table, is_open=num <= 40)
 
 
 def section_recipe(run: Run) -> str:

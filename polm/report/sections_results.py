@@ -223,6 +223,12 @@ def _build_cost_table(run: Run) -> str:
     return build_table(["node", "status", ">time", "", ">core-seconds", ">peak memory"], body)
 
 
+def _describe_arrow(run: Run) -> str:
+    if has_control(run):
+        return "The dashed arrow is the flywheel: the RL-tuned model becomes the reference of the next mid-training."
+    return "The dashed arrow leads to the next cycle, which begins with the model of the one before."
+
+
 def section_graph(run: Run) -> str:
     """Every stage as a box with its status and cost, one picture a seed; one stage alone is no graph."""
     if run.is_stage:
@@ -235,8 +241,7 @@ def section_graph(run: Run) -> str:
             "How to read: a lane is one arm of one cycle and runs from left to right; evaluations hang below the stage "
             "that they measure, a microscope below the annotation whose weights it shows. ✓ done, = the same artifact "
             "as in an earlier lane (computed once), … pending. Each box gives wall time and the peak memory of its "
-            "process. The dashed arrow is the flywheel: the RL-tuned model becomes the reference of the next "
-            "mid-training. Core-seconds are time times threads.",
+            f"process. {_describe_arrow(run)} Core-seconds are time times threads.",
             "quiet",
         )
     ]
@@ -306,8 +311,8 @@ def _build_benchmark_table(rows: Rows, point: str, metric: str) -> str:
 
 
 def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
-    """The average over benchmarks at every point of the pipeline, one line an arm; nothing for a single score."""
-    if len(rows.points) * len(rows.arms) < 2:
+    """The average over benchmarks at every point of the pipeline, one line an arm; nothing for runs without arms."""
+    if len(rows.points) < 2 or not has_control(run):
         return ""
     styles = compute_arm_styles(run)
     scale = METRICS[metric].scale

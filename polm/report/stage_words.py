@@ -84,7 +84,7 @@ def _describe_training(node: Node) -> list[str]:
         return []
     size = f"{_count(summary['updates'], 'update')} on {summary.get('tokens', 0):,} tokens"
     loss = _describe_ends(node, "loss", "Loss")
-    return [f"{size}. {loss}".strip(), "A training loss is no test: `polm eval` says what the model is worth."]
+    return [f"{size}. {loss}".strip(), "A training loss is no test: polm eval says what the model is worth."]
 
 
 def _describe_rl(node: Node) -> list[str]:
@@ -95,7 +95,7 @@ def _describe_rl(node: Node) -> list[str]:
     unjudged = sum(_ledger(node, f"samples_{status}") for status in ("timeout", "error", "nonsense"))
     found = [
         reward or f"{_count(_summary(node).get('updates', 0), 'update')}, too few to say how the reward went.",
-        "That is the reward on training prompts, and no test: `polm eval` says what the model is worth. A reward that "
+        "That is the reward on training prompts, and no test: polm eval says what the model is worth. A reward that "
         "rises while benchmarks do not is being gamed.",
         win,
         _describe_ends(node, kl, "Distance from where it started:") if kl else "",

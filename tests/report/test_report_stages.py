@@ -47,9 +47,10 @@ def has_section(page: str, anchor: str) -> bool:
 
 
 STAGES = (
-    "data tokenizer pretrain midtrain sft pairs rejection dpo online reward_model grpo rloo reinforce_pp remax ppo "
-    "annotate remit microscope eval"
-).split()
+    *("data", "tokenizer", "pretrain", "annotate", "microscope", "midtrain", "remit", "sft", "eval"),
+    *("pairs", "rejection", "dpo", "online", "reward_model"),
+    *("grpo", "rloo", "reinforce_pp", "remax", "ppo"),
+)
 
 
 @pytest.mark.parametrize("name", STAGES)
