@@ -67,7 +67,7 @@ def build_rounds_table(rounds: Rounds) -> str:
         [text_cell(name_place(place)), *(_build_round_cell(rounds.rows.get((place, key))) for key in metrics)]
         for place in rounds.places
     ]
-    caption = "Average of the benchmarks, with its interval; Δ is the paired difference to the first row, with its own"
+    caption = "Average of the benchmarks; Δ: paired difference to the first row"
     return build_table(["model", *headings], body, caption=caption, classes="measures")
 
 

@@ -287,6 +287,17 @@ def test_hostile_text_does_nothing(
     assert set(choose(browser, label)) == {label}
 
 
+@pytest.mark.parametrize("name", ["pairs", "reward_model", "ppo", "eval"])
+def test_the_report_of_one_stage(browser: Browser, artifact: Any, name: str, tmp_path: Path) -> None:
+    opened = write_report(artifact(name), tmp_path / "report.html")
+    browser.open(opened, width=390, height=800)
+    browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    browser.run("document.querySelectorAll('button').forEach(b => b.click())")
+    assert browser.requests == [opened.as_uri()]
+    assert browser.problems == []
+    assert browser.run("document.documentElement.scrollWidth") == 390
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_needs_no_sideways_scroll(browser: Browser, page: Path, theme: str) -> None:
     browser.open(page, width=390, height=800, theme=theme)
