@@ -35,7 +35,7 @@ def _build_unjudged(nodes: Sequence[Node]) -> str:
         problems = node.made.problems
         if problems:
             shown = problems[:MAX_SHOWN]
-            title = f"{compute_arm(node).label}, {node.leaf}: the first {len(shown)} answers that could not be judged"
+            title = f"{compute_arm(node).label}, {node.leaf}: answers that could not be judged (the first {len(shown)})"
             parts.append(build_details(title, "".join(map(_build_problem, shown))))
     return "".join(parts)
 

@@ -21,10 +21,10 @@ from polm.report.tables import build_rounds_summary
 SELF = Arm(0, "self")
 
 
-def rename_control(run_dir: Path, *, keep: Callable[[dict[str, Any]], bool] = lambda node: True) -> Path:
+def rename_control(run_dir: Path, *, keep: Callable[[dict[str, Any]], bool] | None = None) -> Path:
     """The run with the arm `self` in place of the control, and of its nodes those that are kept."""
     content = json.loads((run_dir / "run.json").read_text())
-    nodes = [node for node in content["nodes"] if keep(node)]
+    nodes = [node for node in content["nodes"] if keep is None or keep(node)]
     for node in nodes:
         node["id"] = node["id"].replace("/ntp/", "/self/")
         node["inputs"] = {role: source.replace("/ntp/", "/self/") for role, source in node["inputs"].items()}
