@@ -36,6 +36,7 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (r"contaminated", "overlaps with a benchmark, so taken out"),
     (r"ties|tied", "judged equally good: no preference"),
     (r"not_reached", "not read before the last update"),
+    (r"dropped: ", "left out for the reason that the count names"),
     (r"dropped", "left out as a whole"),
 )
 

@@ -16,6 +16,7 @@ from polm.report.markup import Cell, build_details, build_paragraph, build_table
 from polm.report.sections_samples import build_text
 
 MAX_SHOWN = 6
+MAX_ROWS = 10  # a stage with more reasons than this has a fold of its own
 MAX_PROBLEM_TEXT = 600
 
 
@@ -45,6 +46,11 @@ def _describe_loss(loss: Loss) -> str:
     return f"{esc(loss.name.replace('_', ' '))}{stages}<small>{esc(loss.meaning)}</small>"
 
 
+def _build_losses(losses: Sequence[Loss]) -> str:
+    body = [[code_cell(loss.leaf), number_cell(loss.count), Cell(_describe_loss(loss), "reason")] for loss in losses]
+    return build_table(["stage", ">number", "what, and what it means"], body)
+
+
 def section_problems(run: Run) -> str:
     """What was left out on the way, why, and how often."""
     if not any(node.status == "done" for node in run.nodes):
@@ -57,9 +63,13 @@ def section_problems(run: Run) -> str:
         "judged counts neither as right nor as wrong.",
         "quiet",
     )
-    body = [
-        [code_cell(loss.leaf), number_cell(loss.count), Cell(_describe_loss(loss), "reason")]
-        for loss in list_losses(run)
+    by_leaf: dict[str, list[Loss]] = {}
+    for loss in list_losses(run):
+        by_leaf.setdefault(loss.leaf, []).append(loss)
+    short = [loss for losses in by_leaf.values() if len(losses) <= MAX_ROWS for loss in losses]
+    folds = [
+        build_details(f"{leaf}: {len(losses)} reasons", _build_losses(losses))
+        for leaf, losses in by_leaf.items()
+        if len(losses) > MAX_ROWS
     ]
-    table = build_table(["stage", ">number", "what, and what it means"], body)
-    return lead + table + _build_unjudged(run.nodes)
+    return lead + (_build_losses(short) if short else "") + "".join(folds) + _build_unjudged(run.nodes)

@@ -63,15 +63,27 @@ def _describe_difference(row: Row | None, where: str) -> str:
     return f"{mean} {row.metric.difference_unit} {where}"
 
 
+def _describe_nothing(run: Run, rows: Rows) -> str:
+    """Why nothing is compared: it is not there yet, the recipe has the control alone, or it evaluates nothing."""
+    num_done = sum(node.status != "pending" for node in run.nodes)
+    done = f"{num_done} of {len(run.nodes)} stages are done"
+    if num_done < len(run.nodes):
+        return f"Nothing to compare yet: {done}."
+    if not any(node.spec.stage == "eval" for node in run.nodes):
+        return f"{done}. The recipe evaluates nothing, so nothing says whether the model became better; set eval."
+    scores = [
+        f"{format_number(row.score.mean, row.metric)} % {words}"
+        for point, words in (("base", "as a base model"), ("rl", "after RL"))
+        if (row := rows.get(point, CONTROL, None, "greedy")) is not None
+    ]
+    found = f" Greedy accuracy: {' and '.join(scores)}." if scores else ""
+    return f"{done}, and no arm beside {CONTROL_NAME}, so nothing is compared.{found}"
+
+
 def _build_claim(run: Run, rows: Rows, lead: Arm | None) -> str:
     """The one sentence in large type."""
     if lead is None:
-        num_done = sum(node.status != "pending" for node in run.nodes)
-        done = f"{num_done} of {len(run.nodes)} stages are done"
-        is_over = num_done == len(run.nodes) and not has_control(run)
-        if is_over and not any(node.spec.stage == "eval" for node in run.nodes):
-            return f"{done}. The recipe evaluates nothing, so nothing says whether the model became better; set eval."
-        return f"Nothing to compare yet: {done}."
+        return _describe_nothing(run, rows)
     shown = [
         (rows.get(point, lead, None, "greedy"), words)
         for point, words in (("base", "as a base model"), ("rl", "after RL"))
@@ -336,6 +348,10 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
     if not lines:
         return ""
     basis = "seeds" if len(run.seeds) > 1 else "items"
+    together = (
+        f" Scores of two arms move together from one of the {basis} to the next, so bars may overlap although the "
+        "arms differ: that is what the paired differences below are for."
+    )
     return build_line_plot(
         lines,
         title=f"Along the pipeline: {describe_metric(metric, rows)}",
@@ -343,9 +359,8 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
         y_label=f"average over benchmarks, {METRICS[metric].unit}",
         x_names=rows.points,
         how_to_read=(
-            f"Each line follows one arm from base model to RL; bars are 95 % intervals over {basis} of the score. "
-            f"Scores of two arms move together from one of the {basis} to the next, so bars may overlap although the "
-            "arms differ: that is what the paired differences below are for."
+            f"Each line follows one arm from base model to RL; bars are 95 % intervals over {basis} of the score."
+            + (together if len(lines) > 1 else "")
         ),
     )
 

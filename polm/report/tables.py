@@ -62,7 +62,7 @@ def describe_basis(rows: Rows) -> str:
     """What the intervals rest on, in one line."""
     bases = {row.comparison.basis: row.comparison.label for row in rows.rows if row.comparison is not None}
     if not bases:
-        return "no arm can be compared with the control yet"
+        return "there is no arm that can be compared with the control"
     labels = sorted({row.comparison.label for row in rows.rows if row.comparison is not None})
     return f"difference to {CONTROL_NAME} of cycle 0, paired, 95 % interval; " + "; ".join(labels)
 

@@ -287,3 +287,14 @@ def test_writing_it_leaves_the_artifact_valid(artifact: Any, tmp_path: Path) -> 
 
 def test_a_group_without_roles() -> None:
     assert AnswerGroup("p", []).roles == ()
+
+
+def test_many_reasons_fold_away(artifact: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    manifest = json.loads((artifact("data") / "manifest.json").read_text())
+    manifest["ledger"] = {f"gsm8k/dropped: reason {i}": i for i in range(12)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    _, page = report(folder, "many")
+    assert "<summary>data: 11 reasons</summary>" in page
+    assert "left out for the reason that the count names" in page
