@@ -54,15 +54,15 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {
         "best": {
             "precompute_ref_log_probs": True,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
             "gradient_checkpointing": False,
         },
         "defaults": {},
-        "try-batch-1": {
+        "try-batch-2": {
             "precompute_ref_log_probs": True,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 4,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
             "gradient_checkpointing": False,
         },
         "try-batch-4": {
