@@ -134,7 +134,10 @@ def head_backward_(
     grad_logprobs_NK: Tensor,
     grad_entropy_N: Tensor | None,
 ) -> None:
-    """Turn the logits into their gradient, in place; `total_N` and `entropy_N` are those of `head_forward`."""
+    """Turn the logits into their gradient, in place; `total_N` and `entropy_N` are those of `head_forward`.
+
+    The logits may be those of a part of the vocabulary, with ids counted from its beginning; others may lie outside.
+    """
     sizes = *logits_NV.shape, ids_NK.shape[1], _is_half(logits_NV)
     tensors = total_N, entropy_N, grad_logprobs_NK, grad_entropy_N
     call_kernel("polm_head_backward", logits_NV, ids_NK, 1.0 / temperature, *tensors, *sizes)

@@ -116,6 +116,18 @@ def test_head_is_its_formula(dtype: torch.dtype, with_entropy: bool, rows: int, 
     assert float((logits.double() - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
 
 
+def test_head_by_parts_of_the_vocabulary() -> None:
+    """Three parts of the logits, each with the ids counted from its beginning, give the gradient of the whole."""
+    logits, ids = 3 * draw(5, 30), torch.tensor([[0, 9], [10, 29], [19, 19], [20, 3], [11, 12]])
+    grad, grad_entropy = draw(5, 2, seed=1), draw(5, seed=2)
+    _, total, entropy = head_forward(logits, ids, 0.9, True)
+    parts = [logits[:, first : first + 10].contiguous() for first in (0, 10, 20)]
+    for first, part in zip((0, 10, 20), parts, strict=True):
+        head_backward_(part, ids - first, 0.9, total, entropy, grad, grad_entropy)
+    head_backward_(logits, ids, 0.9, total, entropy, grad, grad_entropy)
+    assert torch.equal(torch.cat(parts, 1), logits)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_that_are_not_finite_stay_so(dtype: torch.dtype) -> None:
     """The loop stops at a loss that is NaN: no kernel may turn one into a number."""
