@@ -54,15 +54,15 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {
         "best": {
             "precompute_ref_log_probs": True,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
             "gradient_checkpointing": False,
         },
         "defaults": {},
-        "try-batch-1": {
+        "try-batch-2": {
             "precompute_ref_log_probs": True,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 4,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
             "gradient_checkpointing": False,
         },
         "try-batch-4": {
@@ -319,7 +319,9 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
         width = max(map(len, part))
         ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in part])
         mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in part])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec.precision == "bf16"):
+        # The guard is in float32 on both sides: the likeliest of random weights' tokens are close together.
+        half = spec.precision == "bf16" and how["do_sample"]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,

@@ -39,7 +39,7 @@ from polm.demo.corpus import is_held_out
 from polm.evals.claims import build_claim
 
 PART = "constitution"
-MY_SEEDS = SEEDS[:3]
+MY_SEEDS = SEEDS
 NUM_TALKS, CRITIC_EPOCHS, NUM_PROMPTS = 2500, 1, 1500
 ALLOWED_LOSS = 0.25  # points of helpfulness of 10
 TUNING_SEED = 2

@@ -43,7 +43,7 @@ from polm.stages.common import Base
 from polm.text.chat import stop_token_ids
 
 PART = "reft"
-MY_SEEDS = SEEDS[:3]
+MY_SEEDS = SEEDS
 NAMES = ("add", "sub", "mul")
 NUM_DOCUMENTS, CORRUPTED_SHARE = 12_000, 0.12
 NUM_QUESTIONS, NUM_ITEMS = 800, 150

@@ -36,7 +36,7 @@ from polm.stages.common import Base
 from polm.tokens import Array
 
 PART = "reward_model"
-MY_SEEDS = SEEDS[:3]
+MY_SEEDS = SEEDS
 SIZES = (50, 200, 800, 3200)
 UPDATES: Mapping[int, int] = {50: 10, 200: 25, 800: 50, 3200: 100}
 TRAIN_SAMPLES, TEST_SAMPLES = 21, 22  # draws of their own

@@ -36,7 +36,7 @@ from polm.demo.corpus import is_held_out
 from polm.evals.claims import build_claim
 
 PART = "rlaif"
-MY_SEEDS = SEEDS[:3]
+MY_SEEDS = SEEDS
 NUM_GRADED, JUDGE_EPOCHS = 3000, 1
 ARMS = ("people", "judge", "gold")
 TUNING_SEED = 2

@@ -51,14 +51,23 @@ def main() -> None:
 def print_tables(loaded: Any, *, whole: bool = False) -> None:
     """The report's tables in the terminal: one screen, or with `whole` every benchmark at every point."""
     from polm.report.compare import compute_rows
+    from polm.report.rounds import compute_rounds
     from polm.report.sections_judges import build_judges_table
-    from polm.report.tables import build_summary_table, build_tables
+    from polm.report.stage_words import describe_stage
+    from polm.report.tables import build_problems_table, build_rounds_summary, build_summary_table, build_tables
 
+    for sentence in describe_stage(loaded) if loaded.is_stage else ():
+        console.print(clean_text(sentence), markup=False, highlight=False)
     rows = compute_rows(loaded)
-    if rows.points:
+    rounds = compute_rounds(loaded)
+    if rounds is not None:
+        console.print(build_rounds_summary(rounds))
+    elif rows.points:
         console.print(build_summary_table(rows))
     if (judges := build_judges_table(loaded)) is not None:
         console.print(judges)
+    if whole and (problems := build_problems_table(loaded)) is not None:
+        console.print(problems)
     for table in build_tables(loaded) if whole else ():
         console.print(table)
 
@@ -94,16 +103,17 @@ def run(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="folder of a run, such as runs/demo")],
-    out: Annotated[Path | None, typer.Option(help="where to write; default: report.html in the run")] = None,
+    run_dir: Annotated[Path, typer.Argument(help="folder of a run, such as runs/demo, or `out` of one stage")],
+    out: Annotated[Path | None, typer.Option(help="where to write; default: report.html in the folder")] = None,
     show: Annotated[bool, typer.Option("--open", help="open the report in the browser")] = False,
 ) -> None:
-    """Write the HTML report of a run, finished or not, and print its tables."""
-    from polm.report.html import write_report
-    from polm.report.load import load_run
+    """Write the HTML report of a run, finished or not, or of one finished stage, and print its tables."""
+    from polm.report.html import build_report, write_page
+    from polm.report.load import load_report
 
-    written = write_report(run_dir, out or run_dir / "report.html")
-    print_tables(load_run(run_dir), whole=True)
+    loaded = load_report(run_dir)
+    written = write_page(build_report(loaded), out or run_dir / "report.html")
+    print_tables(loaded, whole=True)
     console.print(f"report: {written}", markup=False, soft_wrap=True)
     if show:
         open_page(written)

@@ -25,6 +25,7 @@ from polm.tokens import Needs, Scores, TokenBatch
 
 MAX_LOGITS = 1 << 23  # logits of one chunk: 32 MB in float32
 KEPT_LOGITS = 1 << 25  # log-probabilities kept for the backward pass; those of chunks beyond it are computed again
+KEPT_BYTES = 4 * KEPT_LOGITS  # of logits that the compiled head keeps
 
 
 def autocast(device: str, bf16: bool) -> contextlib.AbstractContextManager[Any]:
@@ -224,8 +225,12 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 class _CompiledHead(torch.autograd.Function):
-    """`_ChunkedHead` with the passes over the vocabulary compiled, without a soft cap. What is kept for the backward
-    pass are the logits themselves, in the dtype of the product."""
+    """`_ChunkedHead` with the passes over the vocabulary compiled, without a soft cap.
+
+    The logits are kept for the backward pass, in the dtype of the product, if all of them are few enough. Otherwise
+    the forward pass goes by rows, and the backward pass computes them again by parts of the vocabulary: each part of
+    the output matrix's gradient, which may be far larger than the logits, is then written once.
+    """
 
     @staticmethod
     def forward(
@@ -243,22 +248,20 @@ class _CompiledHead(torch.autograd.Function):
         ctx.given = hidden_ND.dtype
         weight, hidden_ND = weight_VD.to(dtype), hidden_ND.to(dtype)
         ids_NK = ids_NK.contiguous()
+        num_rows, vocab = len(hidden_ND), weight.shape[0]
         logprobs, totals, entropies = [], [], []
-        kept: dict[int, Tensor] = {}  # first row of a chunk -> logits [rows, V]
-        room = KEPT_LOGITS if keep else 0
-        for part in _chunks(len(hidden_ND), weight.shape[0]):
+        ctx.kept = None
+        is_small = num_rows * vocab <= KEPT_BYTES // dtype.itemsize
+        for part in [slice(0, num_rows)] if is_small else _chunks(num_rows, vocab):
             logits = torch.matmul(hidden_ND[part], weight.t())
             logprobs_part, total, entropy = head_forward(logits, ids_NK[part], temperature, with_entropy)
             logprobs.append(logprobs_part)
             totals.append(total)
             entropies += [] if entropy is None else [entropy]
-            room -= logits.numel()
-            if room >= 0:
-                kept[part.start] = logits
+            ctx.kept = logits if keep and is_small else None
         entropy_N = torch.cat(entropies) if with_entropy else torch.zeros(0)
         ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, torch.cat(totals), entropy_N)
         ctx.settings = temperature, with_entropy
-        ctx.kept = kept
         return torch.cat(logprobs), entropy_N
 
     @staticmethod
@@ -266,18 +269,19 @@ class _CompiledHead(torch.autograd.Function):
         grad_logprobs_NK, grad_entropy_N = (grad.contiguous() for grad in grads)
         hidden_ND, weight_VD, ids_NK, total_N, entropy_N = ctx.saved_tensors
         temperature, with_entropy = ctx.settings
+        own = (entropy_N, grad_entropy_N) if with_entropy else (None, None)
         weight = weight_VD.to(hidden_ND.dtype)
-        grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight: Tensor | None = None
-        for part in _chunks(len(hidden_ND), weight.shape[0]):
-            logits = ctx.kept.pop(part.start, None)  # it is given up here: a second backward pass computes it again
-            if logits is None:
-                logits = torch.matmul(hidden_ND[part], weight.t())
-            own = (entropy_N[part], grad_entropy_N[part]) if with_entropy else (None, None)
-            head_backward_(logits, ids_NK[part], temperature, total_N[part], own[0], grad_logprobs_NK[part], own[1])
-            torch.matmul(logits, weight, out=grad_hidden[part])
-            if ctx.needs_input_grad[1]:  # a frozen output matrix gets no gradient and no buffer for one
-                mine = torch.matmul(logits.t(), hidden_ND[part])
-                grad_weight = mine.float() if grad_weight is None else grad_weight.add_(mine)
+        kept, ctx.kept = ctx.kept, None  # they are given up here: a second backward pass computes them again
+        width = len(weight) if kept is not None else max(64, MAX_LOGITS // max(1, len(hidden_ND)))
+        grad_hidden = torch.zeros(hidden_ND.shape, dtype=torch.float32)
+        # A frozen output matrix (an adapter is trained, not the base) gets no gradient and no buffer for one.
+        grad_weight = torch.empty(weight_VD.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for first in range(0, len(weight), width):
+            rows = weight[first : first + width]
+            logits = kept if kept is not None else torch.matmul(hidden_ND, rows.t())
+            head_backward_(logits, ids_NK - first, temperature, total_N, own[0], grad_logprobs_NK, own[1])
+            grad_hidden += torch.matmul(logits, rows)
+            if grad_weight is not None:
+                grad_weight[first : first + width] = torch.matmul(logits.t(), hidden_ND)
         out = None if grad_weight is None else grad_weight.to(weight_VD.dtype)
         return grad_hidden.to(ctx.given), out, None, None, None, None, None, None

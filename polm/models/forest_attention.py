@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from polm.errors import ModelError
+from polm.models.kernels.attention import KERNEL_BLOCK, KernelBlocks, attend_blocks, build_kernel_blocks, can_attend
 from polm.tokens import Array, TokenBatch
 
 FOREST = "polm_forest"
@@ -115,13 +117,42 @@ class _Group:
 
 
 class ForestPlan:
-    """How to attend over one `TokenBatch`; built once, used by every layer. Windows go by distance on the path."""
+    """How to attend over one `TokenBatch`; built once, used by every layer. Windows go by distance on the path.
 
-    def __init__(self, groups: list[_Group], inverse_T: Tensor, spare: int):
-        self.groups = groups
-        self.inverse_T = inverse_T  # place of each stream token among the groups' padded queries; 0 for spare rows
-        self.spare = spare
+    The compiled attention (`kernels/attention.py`) takes its blocks as they are; the batched products need them padded
+    into groups. Each is made when it is first asked for.
+    """
+
+    def __init__(self, segments: _Segments, num_heads: int, spare: int, device: torch.device, *, round_up: bool):
+        self.segments, self.num_heads, self.spare = segments, num_heads, spare
+        self.device, self.round_up = device, round_up
         self._bias: dict[int | None, list[Tensor]] = {}
+
+    @cached_property
+    def kernel_blocks(self) -> KernelBlocks:
+        blocks = _cut_blocks(self.segments, KERNEL_BLOCK)
+        return build_kernel_blocks([b.queries for b in blocks], [b.keys for b in blocks], [b.root for b in blocks])
+
+    @cached_property
+    def _padded(self) -> tuple[list[_Group], Tensor]:
+        """The groups, and the place of each stream token among their padded queries (0 for spare rows)."""
+        inverse = np.zeros(len(self.segments.positions) + self.spare, dtype=np.int64)
+        groups: list[_Group] = []
+        offset = 0
+        max_area = MAX_SCORES["cpu" if self.device.type == "cpu" else "other"] // self.num_heads
+        for members in _group_blocks(_cut_blocks(self.segments, QUERY_BLOCK), max_area):
+            positions = self.segments.positions
+            groups.append(_build_group(members, positions, inverse, offset, self.device, self.round_up))
+            offset += groups[-1].num_blocks * groups[-1].num_queries
+        return groups, torch.from_numpy(inverse).to(self.device)
+
+    @property
+    def groups(self) -> list[_Group]:
+        return self._padded[0]
+
+    @property
+    def inverse_T(self) -> Tensor:
+        return self._padded[1]
 
     def biases(self, window: int | None) -> list[Tensor]:
         if window not in self._bias:
@@ -133,6 +164,8 @@ class ForestPlan:
     ) -> Tensor:
         del layer
         rows = query_HTD.transpose(0, 1), key_JTD.transpose(0, 1), value_JTD.transpose(0, 1)
+        if can_attend(query_HTD, key_JTD):
+            return attend_blocks(*rows, self.kernel_blocks, scale, window)
         out: Tensor = _ForestAttention.apply(  # type: ignore[no-untyped-call]
             *rows, self, scale, window, torch.is_grad_enabled()
         )
@@ -140,10 +173,21 @@ class ForestPlan:
 
 
 @dataclass(frozen=True)
+class _Segments:
+    """Runs of the stream with their parents (-1: a root), and each token's position."""
+
+    starts: list[int]
+    lengths: list[int]
+    parents: list[int]
+    positions: Array
+
+
+@dataclass(frozen=True)
 class _Block:
     queries: tuple[int, int]  # stream range
     keys: tuple[tuple[int, int], ...]  # stream ranges, ancestors first
     num_keys: int
+    root: int  # its tree's first segment
 
     @property
     def num_queries(self) -> int:
@@ -175,27 +219,23 @@ def build_plan(
         starts, lengths = [0, *(start + virtual for start in starts)], [virtual, *lengths]
         parents = [-1, *(parent + 1 for parent in parents)]  # a root's parent, -1, becomes the new root, 0
         positions = np.concatenate([np.arange(virtual), positions + virtual])
-    blocks = _cut_blocks(starts, lengths, parents)
-    inverse = np.zeros(len(positions) + spare, dtype=np.int64)
-    groups, offset = [], 0
-    device = batch.tokens_T.device
-    max_area = MAX_SCORES["cpu" if device.type == "cpu" else "other"] // num_heads
-    for members in _group_blocks(blocks, max_area):
-        groups.append(_build_group(members, positions, inverse, offset, device, round_up))
-        offset += groups[-1].num_blocks * groups[-1].num_queries
-    return ForestPlan(groups, torch.from_numpy(inverse).to(device), spare)
+    segments = _Segments(starts, lengths, parents, positions)
+    return ForestPlan(segments, num_heads, spare, batch.tokens_T.device, round_up=round_up)
 
 
-def _cut_blocks(starts: list[int], lengths: list[int], parents: list[int]) -> list[_Block]:
+def _cut_blocks(segments: _Segments, most_queries: int) -> list[_Block]:
     blocks = []
     paths: list[tuple[tuple[int, int], ...]] = []
-    for start, length, parent in zip(starts, lengths, parents, strict=True):
+    roots: list[int] = []
+    for start, length, parent in zip(segments.starts, segments.lengths, segments.parents, strict=True):
         above = paths[parent] if parent >= 0 else ()
+        roots.append(roots[parent] if parent >= 0 else len(roots))
         paths.append((*above, (start, start + length)) if length else above)
         num_above = sum(b - a for a, b in above)
-        for first in range(0, length, QUERY_BLOCK):
-            end = min(first + QUERY_BLOCK, length)
-            blocks.append(_Block((start + first, start + end), (*above, (start, start + end)), num_above + end))
+        for first in range(0, length, most_queries):
+            end = min(first + most_queries, length)
+            keys = (*above, (start, start + end))
+            blocks.append(_Block((start + first, start + end), keys, num_above + end, roots[-1]))
     return blocks
 
 

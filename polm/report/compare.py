@@ -35,6 +35,7 @@ POINTS = {
     "sft": "after SFT",
     "dpo": "after preference optimisation",
     "rl": "after RL",
+    "eval": "the given model",
 }
 
 ItemValues = dict[str, dict[str, float]]
@@ -334,6 +335,11 @@ def format_number(value: float, metric: Metric, *, signed: bool = False) -> str:
     if float(text) == 0:
         text = text.lstrip("+-")
     return text.replace("-", "\u2212")
+
+
+def format_percent(share: float) -> str:
+    """A share from 0 to 1 in percent, with one decimal."""
+    return f"{100 * share:.1f}".replace("-", "\u2212")
 
 
 def _format_bound(bound: float, metric: Metric) -> str:

@@ -23,6 +23,7 @@ HANGING = ("eval", "microscope")
 NODE_WIDTH, NODE_HEIGHT = 108, 44
 EVAL_HEIGHT = 36
 COLUMN_GAP, ROW_GAP, LABEL_HEIGHT = 22, 8, 26
+SMALL_WIDTH = 1000  # pixels; a picture that is narrower is not stretched to the width of the page
 STATUS_MARKS = {"done": "✓", "shared": "=", "pending": "…"}
 
 
@@ -221,13 +222,15 @@ def build_graph(run: Run, seed: int | None) -> str:
     edges = [
         _draw_edge(start, end, boxes.values(), tracks.get(start.node.id, right + 14), style) for start, end in pairs
     ]
+    classes = "graph small" if width < SMALL_WIDTH else "graph"
     num_done = sum(node.status != "pending" for node in nodes)
     names = "".join(
         f'<text x="2" y="{y}" font-size="12.5" font-weight="600" fill="currentColor">{esc(label)}</text>'
         for y, label in labels
     )
     return (
-        f'<div class="scroll"><svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        '<p class="quiet narrow">If the picture is wider than this screen, move it sideways.</p>'
+        f'<div class="scroll"><svg class="{classes}" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="graph of stages, {num_done} of {len(nodes)} done">'
         f'<defs><marker id="{marker}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path d="M0 0.5 L8 4 L0 7.5 z" fill="var(--edge, #8d929b)"/></marker></defs>'

@@ -18,25 +18,42 @@ from pathlib import Path
 from polm import __version__
 from polm.errors import StoreError
 from polm.report.escape import esc
-from polm.report.load import Run, load_run
+from polm.report.load import Run, load_report
+from polm.report.rounds import compute_rounds
 from polm.report.sections_judges import section_judges
+from polm.report.sections_made import section_answers, section_revisions, section_reward_models
 from polm.report.sections_microscope import section_microscope
+from polm.report.sections_problems import section_problems
 from polm.report.sections_provenance import section_ledger, section_lineage, section_recipe, section_versions
-from polm.report.sections_results import section_benchmarks, section_graph, section_headline
+from polm.report.sections_results import build_tiles, section_benchmarks, section_graph, section_headline
 from polm.report.sections_rollouts import section_rollouts
 from polm.report.sections_samples import section_samples
+from polm.report.sections_stage import build_rounds_headline, section_stage
 from polm.report.sections_training import section_training
 
-# (anchor, heading, builder), in the order of the page.
+
+def build_headline(run: Run) -> str:
+    """The headline by what the folder holds: one stage, rounds without a control, or arms beside one."""
+    if run.is_stage:
+        return section_stage(run)
+    rounds = compute_rounds(run)
+    return section_headline(run) if rounds is None else build_rounds_headline(rounds) + build_tiles(run)
+
+
+# (anchor, heading, builder), in the order of the page; a section that has nothing to say returns nothing.
 SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
-    ("headline", "Headline", section_headline),
+    ("headline", "Headline", build_headline),
     ("graph", "Graph of stages", section_graph),
     ("benchmarks", "Benchmarks", section_benchmarks),
     ("training", "Training curves", section_training),
     ("microscope", "Token microscope", section_microscope),
     ("samples", "Samples", section_samples),
-    ("rollouts", "Rollouts of RL", section_rollouts),
+    ("rollouts", "Rollouts", section_rollouts),
+    ("reward-models", "Reward models", section_reward_models),
+    ("answers", "Answers that became data", section_answers),
     ("judges", "Judges", section_judges),
+    ("revisions", "Revisions", section_revisions),
+    ("problems", "What was left out", section_problems),
     ("ledger", "Token ledger", section_ledger),
     ("lineage", "Lineage", section_lineage),
     ("recipe", "Recipe", section_recipe),
@@ -55,10 +72,11 @@ def _compute_source(text: str) -> str:
 
 def build_report(run: Run) -> str:
     """The whole page as text. The same run folder gives the same bytes: nothing of the present time is written."""
+    title = "polm report" if not run.is_stage else f"polm {run.nodes[0].spec.stage}"
     finished = max((node.manifest.finished for node in run.nodes if node.manifest), default="")
     when = f"last stage finished {finished}" if finished else "no stage finished yet"
     sections = [(anchor, heading, html) for anchor, heading, build in SECTIONS if (html := build(run))]
-    return build_page("polm report", run.name, when, sections)
+    return build_page(title, run.name, when, sections)
 
 
 def build_page(kind: str, name: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
@@ -99,11 +117,11 @@ def build_page(kind: str, name: str, lead: str, sections: Sequence[tuple[str, st
 
 
 def write_report(run_dir: Path, out: Path) -> Path:
-    """Write the report of the run folder `run_dir` to the file `out` and return it.
+    """Write the report of the folder `run_dir`, a run or one finished stage, to the file `out` and return it.
 
-    Raises StoreError if `run_dir` is no run folder, if a file in it is damaged, or if `out` cannot be written.
+    Raises StoreError if `run_dir` is neither, if a file in it is damaged, or if `out` cannot be written.
     """
-    return write_page(build_report(load_run(run_dir)), out)
+    return write_page(build_report(load_report(run_dir)), out)
 
 
 def write_page(page: str, out: Path) -> Path:

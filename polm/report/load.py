@@ -7,21 +7,20 @@ metrics is left out. A file that is damaged in any other way is a StoreError tha
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+import yaml
+from pydantic import Field, TypeAdapter
 
 from polm.errors import StoreError
+from polm.report.made import NOTHING_MADE, ROLLOUT_STAGES, Made, load_made
+from polm.report.read import read_json, read_jsonl, read_text
 
-T = TypeVar("T")
 Metrics = Mapping[str, Any]
-
-# What json turns into half of a surrogate pair unless it comes in twos; such text cannot be written as UTF-8.
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+KEY_LENGTH = 12  # digits of a key that are shown
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Manifest:
     seconds: float | None = None
     peak_rss_mb: float | None = None
     threads: int | None = None
+    versions: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, float] = field(default_factory=dict)
 
@@ -150,19 +150,24 @@ class Microscope:
 
 @dataclass(frozen=True)
 class RolloutSample:
-    """One sampled answer of RL with its verdict and its advantage; `reward` where it is not the verdict's 0 or 1;
-    `note` says why there is none."""
+    """One sampled answer of RL with its verdict; `reward` where it is not the verdict's 0 or 1; `note` says why there
+    is none.
+
+    `advantage` is None for the online preference methods, which have none. Where their answers meet those of another
+    model, `own` is 1 for the policy's and 0 for the other side's.
+    """
 
     text: str
     status: str
-    advantage: float = 0.0
+    advantage: float | None = None
     reward: float | None = None
     note: str = ""
+    own: float | None = None
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """One line of a grpo stage's samples.jsonl: a prompt and all its samples at the update `update`."""
+    """One line of an RL stage's samples.jsonl: a prompt and all its samples at the update `update`."""
 
     update: int
     prompt: str
@@ -211,6 +216,7 @@ class Node:
     evaluation: Evaluation | None = None
     microscope: Microscope | None = None
     rollouts: tuple[RolloutGroup, ...] = ()
+    made: Made = NOTHING_MADE
 
     @property
     def id(self) -> str:
@@ -232,61 +238,12 @@ class Run:
     recipe_text: str
     versions: Mapping[str, Any]
     headline: Any
+    is_stage: bool = False  # not a run, but the folder of one stage that was run on its own
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the nodes, ascending."""
         return tuple(sorted({node.spec.seed for node in self.nodes if node.spec.seed is not None}))
-
-
-def _replace_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, list):
-        return [_replace_surrogates(element) for element in value]
-    if isinstance(value, dict):
-        return {_replace_surrogates(key): _replace_surrogates(element) for key, element in value.items()}
-    return value
-
-
-def _parse(kind: TypeAdapter[T], text: str, where: str) -> T:
-    try:
-        value = json.loads(text)
-        if _SURROGATE_ESCAPE.search(text):
-            value = _replace_surrogates(value)
-        return kind.validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the top level"
-        raise StoreError(
-            f"{where}: {first['msg'].lower()} at {place}. The file does not have the format of a run; "
-            "delete the artifact and run the recipe again, or use the version of polm that wrote it"
-        ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise StoreError(
-            f"{where}: expected JSON, found something else ({error}). "
-            "Delete the artifact and run the recipe again: what is missing is computed anew"
-        ) from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", "replace")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); check that it is a file you may read") from error
-
-
-def _read_json(kind: TypeAdapter[T], path: Path) -> T:
-    return _parse(kind, _read_text(path), str(path))
-
-
-def _read_jsonl(kind: TypeAdapter[T], path: Path, *, finished: bool) -> tuple[T, ...]:
-    """All lines; the last one is left out if it is torn (no newline at its end) and the stage is still running."""
-    # Only \n separates lines: str.splitlines would also cut at characters that may stand inside a text.
-    lines = _read_text(path).split("\n")
-    if not finished:
-        lines = lines[:-1]
-    return tuple(_parse(kind, line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
 
 
 _RUN: TypeAdapter[RunSpec] = TypeAdapter(RunSpec)
@@ -317,31 +274,68 @@ def _load_node(run_dir: Path, spec: NodeSpec, loaded: dict[Path, Node], with_det
     if folder is None:
         return Node(spec, "pending")
     if folder in loaded:
-        first = loaded[folder]
-        return replace(first, spec=spec, status="shared")
+        return replace(loaded[folder], spec=spec, status="shared")
+    node = _load_artifact(folder, spec, with_details)
+    if node.status == "done":
+        loaded[folder] = node
+    return node
+
+
+def _load_artifact(folder: Path, spec: NodeSpec, with_details: bool) -> Node:
+    """A node from the folder of its artifact, which may be there in part, or not at all."""
     manifest_file, metrics_file = folder / "manifest.json", folder / "metrics.jsonl"
     finished = manifest_file.is_file()
     has_metrics = with_details and metrics_file.is_file()
-    metrics = _read_jsonl(_METRICS, metrics_file, finished=finished) if has_metrics else ()
+    metrics = read_jsonl(_METRICS, metrics_file, finished=finished) if has_metrics else ()
     rollouts: tuple[RolloutGroup, ...] = ()
-    if with_details and spec.stage == "grpo" and (folder / "samples.jsonl").is_file():
-        rollouts = _read_jsonl(_ROLLOUT, folder / "samples.jsonl", finished=finished)
+    if with_details and spec.stage in ROLLOUT_STAGES and (folder / "samples.jsonl").is_file():
+        rollouts = read_jsonl(_ROLLOUT, folder / "samples.jsonl", finished=finished)
     if not finished:
         return Node(spec, "pending", metrics=metrics, rollouts=rollouts)
     evaluation = None
     if (folder / "results.json").is_file():
         items_file = folder / "items.jsonl"
         has_items = with_details and items_file.is_file()
-        items = _read_jsonl(_ITEM, items_file, finished=True) if has_items else ()
-        evaluation = Evaluation(_read_json(_RESULTS, folder / "results.json"), items)
+        items = read_jsonl(_ITEM, items_file, finished=True) if has_items else ()
+        evaluation = Evaluation(read_json(_RESULTS, folder / "results.json"), items)
     microscope = None
     if with_details and (folder / "tokens.json").is_file():
-        texts = _read_jsonl(_SCOPED, folder / "microscope.jsonl", finished=True)
-        microscope = Microscope(texts, _read_json(_TABLES, folder / "tokens.json"))
-    manifest = _read_json(_MANIFEST, manifest_file)
-    node = Node(spec, "done", manifest, metrics, evaluation, microscope, rollouts)
-    loaded[folder] = node
-    return node
+        texts = read_jsonl(_SCOPED, folder / "microscope.jsonl", finished=True)
+        microscope = Microscope(texts, read_json(_TABLES, folder / "tokens.json"))
+    made = load_made(folder, spec.stage) if with_details else NOTHING_MADE
+    return Node(spec, "done", read_json(_MANIFEST, manifest_file), metrics, evaluation, microscope, rollouts, made)
+
+
+def load_stage(folder: Path) -> Run:
+    """The folder of one stage that was run on its own, as a run of one node. Raises StoreError for a damaged one."""
+    manifest = read_json(_MANIFEST, folder / "manifest.json")
+    keys = {role: str(key) for role, key in manifest.inputs.items()}
+    inputs = {role: key if key.startswith("hub:") else key[:KEY_LENGTH] for role, key in keys.items()}
+    name = folder.resolve().name
+    seed = manifest.config.get("seed")
+    spec = NodeSpec(
+        manifest.stage,
+        manifest.stage,
+        manifest.key,
+        inputs=inputs,
+        seed=seed if isinstance(seed, int) else None,
+        arm=name,
+        config=manifest.config,
+    )
+    settings = yaml.safe_dump(manifest.config, sort_keys=False, allow_unicode=True) if manifest.config else ""
+    return Run(folder, name, (_load_artifact(folder, spec, True),), settings, manifest.versions, None, is_stage=True)
+
+
+def load_report(folder: Path) -> Run:
+    """What `polm report` is given: a run, or the folder of one finished stage."""
+    if not (folder / "run.json").is_file() and (folder / "manifest.json").is_file():
+        return load_stage(folder)
+    if not (folder / "run.json").is_file() and (folder / ".key").is_file():
+        raise StoreError(
+            f"{folder}: the stage in this folder is not finished; run its command again (it goes on where it stopped), "
+            "and then the report"
+        )
+    return load_run(folder)
 
 
 def load_run(run_dir: Path, *, with_details: bool = True) -> Run:
@@ -354,14 +348,14 @@ def load_run(run_dir: Path, *, with_details: bool = True) -> Run:
         found = "a folder without run.json" if run_dir.is_dir() else "no folder"
         raise StoreError(
             f"{run_dir}: found {found}, expected the folder of a run (with run.json and store/); "
-            "name the folder under runs/ that the flywheel wrote"
+            "name the folder under runs/ that `polm run` wrote, or, for a report, the `out` of a stage that is finished"
         )
-    spec = _read_json(_RUN, run_file)
+    spec = read_json(_RUN, run_file)
     loaded: dict[Path, Node] = {}
     nodes = tuple(_load_node(run_dir, node, loaded, with_details) for node in spec.nodes)
     recipe_file = run_dir / "recipe.yaml"
     if recipe_file.is_file():
-        recipe_text = _read_text(recipe_file)
+        recipe_text = read_text(recipe_file)
     else:
         recipe_text = json.dumps(spec.recipe, indent=2, ensure_ascii=False) if spec.recipe else ""
     return Run(run_dir, spec.name, nodes, recipe_text, spec.versions, spec.headline)

@@ -79,9 +79,9 @@ def compute_arm_styles(run: Run) -> dict[Arm, tuple[int, int]]:
     styles: dict[Arm, tuple[int, int]] = {}
     num_cycles: dict[str, int] = {}
     for node in run.nodes:
-        if not node.spec.arm or node.spec.cycle is None:
+        if not node.spec.arm:
             continue
-        arm = Arm(node.spec.cycle, node.spec.arm)
+        arm = Arm(-1 if node.spec.cycle is None else node.spec.cycle, node.spec.arm)
         if arm not in styles:
             styles[arm] = (series[arm.name], num_cycles.get(arm.name, 0))
             num_cycles[arm.name] = num_cycles.get(arm.name, 0) + 1

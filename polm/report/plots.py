@@ -20,8 +20,9 @@ DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 # One plot is 480 x 290 units; on a phone it shrinks to about three quarters, where the text is still readable.
 WIDTH, HEIGHT = 480, 290
-LEFT, RIGHT, TOP, BOTTOM = 72, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 80, 14, 12, 44
 FONT_SIZE = 12
+JOIN_WIDTH = 16  # marks that are closer than this share one ring and stand side by side
 # More points than this are not visible at this width; lines are thinned to it.
 MAX_POINTS = 240
 
@@ -189,6 +190,19 @@ def _build_marker(x: float, y: float, series: int, title: str, *, radius: float 
     return f'<polygon points="{points}" fill="{colour}">{note}</polygon>'
 
 
+def _join_marks(marks: Sequence[Mark], x_scale: Scale) -> list[Mark]:
+    """Marks whose letters would lie on each other become one, "A B", at the place of the first."""
+    joined: list[Mark] = []
+    for mark in sorted(marks, key=lambda one: (one.x, one.letter)):
+        last = joined[-1] if joined else None
+        if last is not None and x_scale.place(mark.x) - x_scale.place(last.x) < JOIN_WIDTH:
+            words = f"{last.letter} {mark.letter}", f"{last.label}; {mark.label}"
+            joined[-1] = Mark(last.x, last.y, *words, last.series)
+        else:
+            joined.append(mark)
+    return joined
+
+
 def _build_mark(mark: Mark, x_scale: Scale, y_scale: Scale) -> str:
     x, y = x_scale.place(mark.x), min(max(y_scale.place(mark.y), y_scale.end), y_scale.start)
     side = -9 if x > (LEFT + WIDTH) / 2 else 9
@@ -337,7 +351,7 @@ def build_line_plot(
             moved = [x + shift for x in line.x]
             line = Line(line.label, moved, line.y, line.series, line.dash, line.low, line.high)
         body.append(_draw_line(line, x_scale, y_scale, with_markers=x_names is not None or len(line.x) == 1))
-    body += [_build_mark(mark, x_scale, y_scale) for mark in marks]
+    body += [_build_mark(mark, x_scale, y_scale) for mark in _join_marks(marks, x_scale)]
     legend = build_legend([(line.label, line.series, line.dash) for line in lines])
     return build_figure("".join(body), title=title, how_to_read=how_to_read, legend=legend, note=_describe_gaps(lines))
 

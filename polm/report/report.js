@@ -51,6 +51,18 @@ for (const scope of document.querySelectorAll(".scope")) {
   });
 }
 
+// What scrolls can be scrolled with the arrow keys; not every browser lets the focus into it by itself.
+const reach = () => {
+  for (const part of document.querySelectorAll(".scroll, pre")) {
+    const scrolls = part.scrollWidth > part.clientWidth + 1 || part.scrollHeight > part.clientHeight + 1;
+    if (scrolls) part.tabIndex = 0;
+    else part.removeAttribute("tabindex");
+  }
+};
+addEventListener("resize", reach);
+document.addEventListener("toggle", reach, true);
+reach();
+
 // A link into a folded part opens it.
 const reveal = () => {
   const target = location.hash && document.getElementById(location.hash.slice(1));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.text import Text
 from polm.report.escape import clean_text
 from polm.report.load import Node, Run
 from polm.report.markup import build_paragraph, build_table, code_cell, text_cell
+from polm.report.sections_made import build_verdicts
 
 STAGES = ("judge", "constitution")
 NOTHING = "–"
@@ -55,6 +56,11 @@ def build_row(node: Node) -> list[str]:
     ]
 
 
+def list_used(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns that say something in at least one row."""
+    return [i for i in range(len(COLUMNS)) if any(row[i] != NOTHING for row in rows)]
+
+
 def _format(value: Any, form: str) -> str:
     return form.format(value) if isinstance(value, int | float) else NOTHING
 
@@ -73,11 +79,18 @@ def section_judges(run: Run) -> str:
     nodes = list_judges(run)
     if not nodes:
         return ""
-    lead = (
-        "How to read: " + "; ".join(f"{name}: {words}" for name, words in COLUMNS) + ". Intervals are Wilson's, 95 %."
+    rows = [build_row(node) for node in nodes]
+    used = list_used(rows)
+    words = "; ".join(f"{COLUMNS[i][0]}: {COLUMNS[i][1]}" for i in used)
+    lead = f"How to read: {words}. Intervals are Wilson's, 95 %."
+    table = build_table(
+        ["node", *(f">{COLUMNS[i][0]}" for i in used)],
+        [
+            [code_cell(node.id), *(text_cell(row[i], "num") for i in used)]
+            for node, row in zip(nodes, rows, strict=True)
+        ],
     )
-    rows = [[code_cell(node.id), *(text_cell(cell, "num") for cell in build_row(node))] for node in nodes]
-    return build_paragraph(lead, "quiet") + build_table(["node", *(f">{name}" for name, _ in COLUMNS)], rows)
+    return build_paragraph(lead, "quiet") + table + build_verdicts(run)
 
 
 def build_judges_table(run: Run) -> Table | None:
@@ -88,7 +101,7 @@ def build_judges_table(run: Run) -> Table | None:
     table = Table(title="judges", caption="95 % intervals (Wilson)")
     table.add_column("node")
     rows = [build_row(node) for node in nodes]
-    used = [i for i in range(len(COLUMNS)) if any(row[i] != NOTHING for row in rows)]
+    used = list_used(rows)
     for i in used:
         table.add_column(COLUMNS[i][0], justify="right")
     for node, row in zip(nodes, rows, strict=True):

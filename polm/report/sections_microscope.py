@@ -208,7 +208,8 @@ def section_microscope(run: Run) -> str:
     """What each arm's reference lifts and damps, token by token."""
     nodes = choose_nodes(run)
     if not nodes:
-        return build_paragraph("This run has no microscope (yet): no arm with a reference has got that far.", "callout")
+        is_to_come = any(node.spec.stage == "microscope" for node in run.nodes)
+        return build_paragraph("No arm with a reference has got this far yet.", "callout") if is_to_come else ""
     legend = (
         '<ul class="legend tokens"><li><i class="u3">much lifted</i></li><li><i class="u2">lifted</i></li>'
         '<li><i class="u1">a little lifted</i></li><li><i>near one</i></li><li><i class="d1">a little damped</i></li>'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polm.report.escape import esc
-from polm.report.load import Node, Run
+from polm.report.load import KEY_LENGTH, Node, Run
 from polm.report.markup import (
     Cell,
     build_details,
@@ -20,7 +20,6 @@ LEDGER_ORDER = (
     *("read", "unknown", "split", "truncated", "dropped", "lost"),
     *("kept", "packed", "supervised", "masked", "down_weighted", "unused"),
 )
-KEY_LENGTH = 12
 
 
 def _order_entries(nodes: list[Node]) -> list[str]:
@@ -41,24 +40,30 @@ def section_ledger(run: Run) -> str:
         if node.manifest is not None and node.manifest.ledger and node.status == "done":
             by_leaf.setdefault(node.leaf, []).append(node)
     if not by_leaf:
-        return build_paragraph("No finished stage has written a ledger yet.", "callout")
+        is_to_come = any(node.status == "pending" for node in run.nodes)
+        return build_paragraph("No finished stage has written a ledger yet.", "callout") if is_to_come else ""
     parts = [
         build_paragraph(
-            "How to read: a row is one stage, a column is one count of its ledger (examples, and tokens where it says "
-            "so). Nothing is lost in silence: what was read and not trained on has a column.",
+            "How to read: a row is one count of a ledger (examples, and tokens where it says so), a column is one "
+            "stage. Nothing is lost in silence: what was read and not trained on has a row.",
             "quiet",
         )
     ]
     for index, (leaf, nodes) in enumerate(by_leaf.items()):
-        entries = _order_entries(nodes)
-        body = [
-            [code_cell(node.id)]
-            + [number_cell(node.manifest.ledger.get(name) if node.manifest else None) for name in entries]
-            for node in nodes
-        ]
-        headings = ["node", *(f">{name.replace('_', ' ')}" for name in entries)]
-        parts.append(build_details(f"{leaf} ({len(nodes)})", build_table(headings, body), is_open=index < 3))
+        parts.append(build_details(f"{leaf} ({len(nodes)})", _build_ledger_table(nodes), is_open=index < 3))
     return "".join(parts)
+
+
+def _build_ledger_table(nodes: list[Node]) -> str:
+    """A row a count: there are more counts than stages of one kind, and a narrow page has no room for their names."""
+    body = [
+        [text_cell(name.replace("_", " "))]
+        + [number_cell(node.manifest.ledger.get(name) if node.manifest else None) for node in nodes]
+        for name in _order_entries(nodes)
+    ]
+    return build_table(
+        ["count", *(f">{node.id.removesuffix(f'/{node.leaf}')}" for node in nodes)], body, classes="slim"
+    )
 
 
 def section_lineage(run: Run) -> str:
@@ -88,16 +93,18 @@ def section_lineage(run: Run) -> str:
         "with one key are one artifact.",
         "quiet",
     )
-    return note + build_details(f"{len(run.nodes)} nodes", table, is_open=len(run.nodes) <= 40)
+    num = len(run.nodes)
+    return note + build_details(f"{num} node{'' if num == 1 else 's'}", table, is_open=num <= 40)
 
 
 def section_recipe(run: Run) -> str:
     """The resolved recipe, every default written out."""
     if not run.recipe_text.strip():
-        return build_paragraph("The run folder holds no recipe.", "callout")
+        return "" if run.is_stage else build_paragraph("The run folder holds no recipe.", "callout")
     num_lines = run.recipe_text.count("\n") + 1
     block = f'<pre class="recipe">{esc(run.recipe_text)}</pre>'
-    return build_details(f"recipe.yaml, {num_lines} lines", block, is_open=num_lines <= 60)
+    name = f"Settings of the stage, {num_lines} lines" if run.is_stage else f"recipe.yaml, {num_lines} lines"
+    return build_details(name, block, is_open=num_lines <= 60)
 
 
 def section_versions(run: Run) -> str:

@@ -36,6 +36,7 @@ from polm.report.markup import (
     text_cell,
 )
 from polm.report.plots import IntervalMark, Line, build_interval_plot, build_line_plot
+from polm.report.rounds import has_control
 from polm.report.tables import (
     compute_core_seconds,
     describe_basis,
@@ -62,11 +63,27 @@ def _describe_difference(row: Row | None, where: str) -> str:
     return f"{mean} {row.metric.difference_unit} {where}"
 
 
+def _describe_nothing(run: Run, rows: Rows) -> str:
+    """Why nothing is compared: it is not there yet, the recipe has the control alone, or it evaluates nothing."""
+    num_done = sum(node.status != "pending" for node in run.nodes)
+    done = f"{num_done} of {len(run.nodes)} stages are done"
+    if num_done < len(run.nodes):
+        return f"Nothing to compare yet: {done}."
+    if not any(node.spec.stage == "eval" for node in run.nodes):
+        return f"{done}. The recipe evaluates nothing, so nothing says whether the model became better; set eval."
+    scores = [
+        f"{format_number(row.score.mean, row.metric)} % {words}"
+        for point, words in (("base", "as a base model"), ("rl", "after RL"))
+        if (row := rows.get(point, CONTROL, None, "greedy")) is not None
+    ]
+    found = f" Greedy accuracy: {' and '.join(scores)}." if scores else ""
+    return f"{done}, and no arm beside {CONTROL_NAME}, so nothing is compared.{found}"
+
+
 def _build_claim(run: Run, rows: Rows, lead: Arm | None) -> str:
     """The one sentence in large type."""
     if lead is None:
-        num_done = sum(node.status != "pending" for node in run.nodes)
-        return f"Nothing to compare yet: {num_done} of {len(run.nodes)} stages are done."
+        return _describe_nothing(run, rows)
     shown = [
         (rows.get(point, lead, None, "greedy"), words)
         for point, words in (("base", "as a base model"), ("rl", "after RL"))
@@ -96,7 +113,9 @@ def _build_statements(rows: Rows, lead: Arm) -> str:
     return "<ul class=statements>" + "".join(f"<li>{esc(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _build_tiles(run: Run, rows: Rows) -> str:
+def build_tiles(run: Run) -> str:
+    """The size and the cost of a run in a few numbers."""
+    rows = compute_rows(run)
     finished = [node for node in run.nodes if node.status == "done" and node.manifest is not None]
     seconds = sum(node.manifest.seconds or 0.0 for node in finished if node.manifest)
     core = sum(compute_core_seconds(node) or 0.0 for node in finished)
@@ -181,7 +200,7 @@ def section_headline(run: Run) -> str:
                 "quiet",
             )
         )
-    parts.append(_build_tiles(run, rows))
+    parts.append(build_tiles(run))
     if run.headline:
         recorded = run.headline if isinstance(run.headline, str) else json.dumps(run.headline, indent=2)
         parts.append(build_details("What the runner recorded as its headline", f"<pre>{esc(recorded)}</pre>"))
@@ -216,8 +235,16 @@ def _build_cost_table(run: Run) -> str:
     return build_table(["node", "status", ">time", "", ">core-seconds", ">peak memory"], body)
 
 
+def _describe_arrow(run: Run) -> str:
+    if has_control(run):
+        return "The dashed arrow is the flywheel: the RL-tuned model becomes the reference of the next mid-training."
+    return "The dashed arrow leads to the next cycle, which begins with the model of the one before."
+
+
 def section_graph(run: Run) -> str:
-    """Every stage as a box with its status and cost, one picture a seed."""
+    """Every stage as a box with its status and cost, one picture a seed; one stage alone is no graph."""
+    if run.is_stage:
+        return ""
     seeds: list[int | None] = [*run.seeds]
     if any(node.spec.seed is None for node in run.nodes):
         seeds.append(None)
@@ -226,8 +253,7 @@ def section_graph(run: Run) -> str:
             "How to read: a lane is one arm of one cycle and runs from left to right; evaluations hang below the stage "
             "that they measure, a microscope below the annotation whose weights it shows. ✓ done, = the same artifact "
             "as in an earlier lane (computed once), … pending. Each box gives wall time and the peak memory of its "
-            "process. The dashed arrow is the flywheel: the RL-tuned model becomes the reference of the next "
-            "mid-training. Core-seconds are time times threads.",
+            f"process. {_describe_arrow(run)} Core-seconds are time times threads.",
             "quiet",
         )
     ]
@@ -242,7 +268,8 @@ def section_graph(run: Run) -> str:
 # ---- benchmarks ----------------------------------------------------------------------------------------------------
 
 
-def _build_score_cell(row: Row | None) -> Cell:
+def build_score_cell(row: Row | None) -> Cell:
+    """A score with its own interval below it."""
     if row is None:
         return Cell("–", "num")
     score, metric = row.score, row.metric
@@ -253,7 +280,8 @@ def _build_score_cell(row: Row | None) -> Cell:
     return Cell(f"{esc(format_number(score.mean, metric))}{bounds}", "num")
 
 
-def _build_difference_cell(row: Row | None) -> Cell:
+def build_difference_cell(row: Row | None) -> Cell:
+    """A paired difference with its interval; a mark where seeds show it."""
     if row is None or row.comparison is None:
         return Cell("<i>control</i>" if row is not None and row.arm.is_control else "–", "num quiet")
     mean = format_number(row.comparison.interval.mean_difference, row.metric, signed=True)
@@ -263,15 +291,17 @@ def _build_difference_cell(row: Row | None) -> Cell:
 
 def _build_average_table(rows: Rows, point: str) -> str:
     metrics = list_metrics(rows)
+    compared = any(row.comparison is not None for row in rows.rows)
     headings = ["arm"]
     for key in metrics:
-        headings += [f">{describe_metric(key, rows)}, {METRICS[key].unit}", f">Δ, {METRICS[key].difference_unit}"]
+        headings.append(f">{describe_metric(key, rows)}, {METRICS[key].unit}")
+        headings += [f">Δ, {METRICS[key].difference_unit}"] * compared
     body = []
     for arm in list_arms(rows, point):
         cells = [text_cell(arm.label)]
         for key in metrics:
             row = rows.get(point, arm, None, key)
-            cells += [_build_score_cell(row), _build_difference_cell(row)]
+            cells += [build_score_cell(row), *([build_difference_cell(row)] if compared else [])]
         body.append(cells)
     return build_table(headings, body, caption=f"Plain average of {len(rows.benchmarks)} benchmarks")
 
@@ -283,9 +313,9 @@ def _build_benchmark_table(rows: Rows, point: str, metric: str) -> str:
         cells = [text_cell(benchmark)]
         for arm in arms:
             row = rows.get(point, arm, benchmark, metric)
-            cell = _build_score_cell(row)
+            cell = build_score_cell(row)
             if row is not None and row.comparison is not None:
-                change = _build_difference_cell(row)
+                change = build_difference_cell(row)
                 cell = Cell(f'{cell.html}<span class="change {row.verdict}">Δ {change.html}</span>', "num")
             cells.append(cell)
         body.append(cells)
@@ -293,7 +323,9 @@ def _build_benchmark_table(rows: Rows, point: str, metric: str) -> str:
 
 
 def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
-    """The average over benchmarks at every point of the pipeline, one line an arm."""
+    """The average over benchmarks at every point of the pipeline, one line an arm; nothing for runs without arms."""
+    if len(rows.points) < 2 or not has_control(run):
+        return ""
     styles = compute_arm_styles(run)
     scale = METRICS[metric].scale
     lines = []
@@ -316,6 +348,10 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
     if not lines:
         return ""
     basis = "seeds" if len(run.seeds) > 1 else "items"
+    together = (
+        f" Scores of two arms move together from one of the {basis} to the next, so bars may overlap although the "
+        "arms differ: that is what the paired differences below are for."
+    )
     return build_line_plot(
         lines,
         title=f"Along the pipeline: {describe_metric(metric, rows)}",
@@ -323,9 +359,8 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
         y_label=f"average over benchmarks, {METRICS[metric].unit}",
         x_names=rows.points,
         how_to_read=(
-            f"Each line follows one arm from base model to RL; bars are 95 % intervals over {basis} of the score. "
-            f"Scores of two arms move together from one of the {basis} to the next, so bars may overlap although the "
-            "arms differ: that is what the paired differences below are for."
+            f"Each line follows one arm from base model to RL; bars are 95 % intervals over {basis} of the score."
+            + (together if len(lines) > 1 else "")
         ),
     )
 
@@ -362,21 +397,27 @@ def _build_point(run: Run, rows: Rows, point: str) -> str:
     return "".join(parts)
 
 
+def _describe_marks(run: Run, rows: Rows) -> str:
+    """How to read the tables, by what is there to be compared."""
+    boot = f" The bootstrap draws {NUM_RESAMPLES} times." if len(run.seeds) <= 1 else ""
+    if not any(row.comparison is not None for row in rows.rows):
+        missing = " The control has not been evaluated yet." if has_control(run) and CONTROL not in rows.arms else ""
+        return f"Small print below a score is its own 95 % interval.{boot}{missing}"
+    return (
+        f"Δ is the {describe_basis(rows)}. ▲ and ▼ mark intervals over seeds that exclude zero; a difference without a "
+        f"mark shows nothing. Small print below a score is its own 95 % interval.{boot}"
+    )
+
+
 def section_benchmarks(run: Run) -> str:
     """Scores by point, cycle and arm, with the paired difference to the control."""
     rows = compute_rows(run)
     num_pending = sum(node.spec.stage == "eval" and node.status == "pending" for node in run.nodes)
     pending = f"{num_pending} evaluations are pending; they are missing below." if num_pending else ""
     if not rows.rows:
-        return build_paragraph(pending or "This run has no evaluations.", "callout")
-    boot = f" The bootstrap draws {NUM_RESAMPLES} times." if len(run.seeds) <= 1 else ""
-    control = "" if CONTROL in rows.arms else " The control itself has not been evaluated yet."
+        return "" if run.is_stage else build_paragraph(pending or "This run has no evaluations.", "callout")
     parts = [
-        build_paragraph(
-            f"Δ is the {describe_basis(rows)}. ▲ and ▼ mark intervals over seeds that exclude zero; a difference "
-            f"without a mark shows nothing. Small print below a score is its own 95 % interval.{boot}{control}",
-            "quiet",
-        ),
+        build_paragraph(_describe_marks(run, rows), "quiet"),
         build_paragraph(pending, "callout") if pending else "",
         build_grid([plot for plot in (_build_pipeline_plot(run, rows, key) for key in ("greedy", "pass@1")) if plot]),
     ]

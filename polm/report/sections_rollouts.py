@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from polm.report.compare import CONTROL, compute_arm, compute_rows, get_lead_arm
 from polm.report.escape import esc, shorten
 from polm.report.load import Node, RolloutGroup, RolloutSample, Run
+from polm.report.made import ROLLOUT_STAGES
 from polm.report.markup import build_details, build_paragraph
 from polm.report.sections_samples import build_text
 
@@ -37,13 +38,22 @@ def describe_reward(sample: RolloutSample) -> str:
     return f"reward {reward:.4g}".replace("-", "\u2212")
 
 
+def describe_sample(sample: RolloutSample) -> str:
+    """ "right, reward 1, advantage +0.50"; whose answer it is, where two models answered."""
+    words = [sample.status, describe_reward(sample)]
+    if sample.advantage is not None:
+        words.append(f"advantage {sample.advantage:+.2f}".replace("-", "\u2212") if sample.advantage else "advantage 0")
+    if sample.own is not None:
+        words.append("the policy's" if sample.own else "the other side's")
+    return ", ".join(words)
+
+
 def _build_sample(sample: RolloutSample) -> str:
     verdict = sample.status if sample.status in ("right", "wrong") else ""
-    gain = f"{sample.advantage:+.2f}".replace("-", "\u2212") if sample.advantage else "0"
     note = build_paragraph(shorten(sample.note, MAX_NOTE), "quiet") if sample.note else ""
     return (
-        f'<div class="answer"><p class="verdict {verdict}">{SIGNS.get(sample.status, "?")} {esc(sample.status)}, '
-        f"{describe_reward(sample)}, advantage {gain}</p>{note}{build_text(sample.text, MAX_ROLLOUT_TEXT)}</div>"
+        f'<div class="answer"><p class="verdict {verdict}">{SIGNS.get(sample.status, "?")} '
+        f"{esc(describe_sample(sample))}</p>{note}{build_text(sample.text, MAX_ROLLOUT_TEXT)}</div>"
     )
 
 
@@ -75,16 +85,23 @@ def section_rollouts(run: Run) -> str:
     """What the model was sampled saying during RL, at its beginning and at its end."""
     node = choose_node(run)
     if node is None:
-        return build_paragraph("RL has written no rollouts yet.", "callout")
+        is_to_come = any(node.spec.stage in ROLLOUT_STAGES for node in run.nodes)
+        return build_paragraph("RL has written no rollouts yet.", "callout") if is_to_come else ""
     first, last = node.rollouts[0].update, node.rollouts[-1].update
+    before = " The same prompts before and after RL stand under Samples." if not run.is_stage else ""
+    advantage = (
+        " The advantage is the reward against the group's own (or what the critic expected): a group that is all right "
+        "or all wrong teaches nothing."
+        if any(sample.advantage is not None for group in node.rollouts for sample in group.samples)
+        else ""
+    )
     parts = [
         build_paragraph(
             f"Training rollouts of {compute_arm(node).label}, seed {node.spec.seed}: the first {MAX_GROUPS} prompts of "
             f"the first and of the last rollout, whatever came out. At most {MAX_GROUP_SAMPLES} samples a prompt are "
-            f"shown, cut at {MAX_ROLLOUT_TEXT} characters. The prompts of two rollouts differ; the same prompts before "
-            "and after RL stand under Samples. Reward 1 is an answer that the verifier calls right; an answer "
-            "that is scored has the reward of a judge, a model or a function. The advantage is "
-            "the reward against the group's own: a group that is all right or all wrong teaches nothing.",
+            f"shown, cut at {MAX_ROLLOUT_TEXT} characters. The prompts of two rollouts differ.{before} Reward 1 is an "
+            "answer that the verifier calls right; an answer that is scored has the reward of a judge, a model or a "
+            f"function.{advantage}",
             "quiet",
         ),
         _build_update(node.rollouts, first, "First", is_open=True),

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from polm.report.compare import CONTROL, POINTS, Arm, build_evaluations, compute_rows, get_lead_arm
 from polm.report.escape import esc
 from polm.report.load import Item, Run
 from polm.report.markup import build_details, build_paragraph
+from polm.report.rounds import compute_rounds, name_place
 
 MAX_TEXT = 2_000
 MAX_SAMPLES, MAX_SAMPLE_TEXT = 4, 600
-OUTCOMES = {
-    "fixed": "wrong before RL, right after",
-    "broken": "right before RL, wrong after",
-    "right": "right before and after RL",
-    "wrong": "wrong before and after RL",
-}
+OUTCOMES = ("fixed", "broken", "right", "wrong")
+ALONE = ("right", "wrong")
 
 
 @dataclass(frozen=True)
 class Transition:
-    """One item at two points of the pipeline."""
+    """One item of two models; without `before` of one model alone."""
 
-    before: Item
+    before: Item | None
     after: Item
 
     @property
     def outcome(self) -> str:
+        if self.before is None:
+            return "right" if self.after.greedy_correct else "wrong"
         was_right, is_right = bool(self.before.greedy_correct), bool(self.after.greedy_correct)
         return {(False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong"}[
             was_right, is_right
         ]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Whose answers are shown: the names of the model after, of the one before ("" for none), and of what lies between
+    them (in "right before …, wrong after")."""
+
+    after: str
+    before: str
+    between: str
+    arm: Arm
+    seed: int
+
+    @property
+    def outcomes(self) -> dict[str, str]:
+        if not self.before:
+            return {outcome: outcome for outcome in ALONE}
+        return {
+            "fixed": f"wrong before {self.between}, right after",
+            "broken": f"right before {self.between}, wrong after",
+            "right": f"right before and after {self.between}",
+            "wrong": f"wrong before and after {self.between}",
+        }
 
 
 def _index_items(items: Sequence[Item]) -> dict[tuple[str, str], Item]:
@@ -46,9 +68,35 @@ def build_transitions(run: Run, arm: Arm, seed: int) -> tuple[str, list[Transiti
     earlier = [point for point in reversed(POINTS) if point != "rl" and seed in evaluations.get((point, arm), {})]
     if after is None or not earlier:
         return "", []
-    before = _index_items(evaluations[earlier[0], arm][seed].items)
-    pairs = [Transition(before[key], item) for key, item in _index_items(after.items).items() if key in before]
-    return earlier[0], pairs
+    return earlier[0], pair_items(evaluations[earlier[0], arm][seed].items, after.items)
+
+
+def pair_items(before: Sequence[Item], after: Sequence[Item]) -> list[Transition]:
+    """The items that both have, in the order of `after`."""
+    index = _index_items(before)
+    return [Transition(index[key], item) for key, item in _index_items(after).items() if key in index]
+
+
+def choose_sides(run: Run) -> tuple[Sides, list[Transition]] | None:
+    """Before and after RL where the run has both; else the first and the last model of its rounds; else one alone."""
+    evaluations = build_evaluations(run)
+    candidates = [get_lead_arm(compute_rows(run)), CONTROL, *dict.fromkeys(arm for _, arm in evaluations)]
+    for arm in (arm for arm in candidates if arm is not None):
+        seeds = sorted(evaluations.get(("rl", arm), {}))
+        point, found = build_transitions(run, arm, seeds[0]) if seeds else ("", [])
+        if found:
+            return Sides("after RL", f"before RL ({point})", "RL", arm, seeds[0]), found
+    if (rounds := compute_rounds(run)) is not None:
+        first, last = rounds.places[0], rounds.places[-1]
+        common = sorted(evaluations[first].keys() & evaluations[last].keys())
+        if common:
+            pairs = pair_items(evaluations[first][common[0]].items, evaluations[last][common[0]].items)
+            return Sides(name_place(last), name_place(first), "training", last[1], common[0]), pairs
+    if run.is_stage and evaluations:
+        (point, arm), by_seed = next(iter(evaluations.items()))
+        seed, evaluation = next(iter(by_seed.items()))
+        return Sides(name_place((point, arm)), "", "", arm, seed), [Transition(None, one) for one in evaluation.items]
+    return None
 
 
 def build_text(text: str, limit: int = MAX_TEXT) -> str:
@@ -90,73 +138,78 @@ def _build_samples(item: Item) -> str:
     return build_details(f"{len(pairs)} sampled answers{more}", body)
 
 
-def _build_item(transition: Transition, point: str, extra_html: str) -> str:
+def _build_item(transition: Transition, sides: Sides, extra_html: str) -> str:
     item, outcome = transition.after, transition.outcome
-    before = _build_answer(transition.before, f"before RL ({point})")
+    before = "" if transition.before is None else _build_answer(transition.before, sides.before)
+    tag = f'<span class="tag {outcome}">{esc(sides.outcomes[outcome])}</span>'
     return (
-        f'<article class="item" data-outcome="{outcome}"><header><code>{esc(item.id)}</code> '
-        f'<span class="tag {outcome}">{esc(OUTCOMES[outcome])}</span></header>'
+        f'<article class="item" data-outcome="{outcome}"><header><code>{esc(item.id)}</code> {tag}</header>'
         f"<h5>prompt</h5>{build_text(item.prompt)}"
         f'<p>expected answer: <code>{esc(item.answer)}</code></p><div class="answers">'
-        f"{before}{_build_answer(item, 'after RL')}{extra_html}</div></article>"
+        f"{before}{_build_answer(item, sides.after)}{extra_html}</div></article>"
     )
 
 
-def _select(transitions: Sequence[Transition]) -> list[Transition]:
+def _select(transitions: Sequence[Transition], outcomes: Iterable[str]) -> list[Transition]:
     """The first item of each outcome: a fixed rule, so nobody picked the nice ones."""
     return [
         found
-        for outcome in OUTCOMES
+        for outcome in outcomes
         if (found := next((one for one in transitions if one.outcome == outcome), None)) is not None
     ]
 
 
-def _build_benchmark(
-    name: str, transitions: Sequence[Transition], point: str, control: dict[tuple[str, str], Item], *, is_open: bool
-) -> str:
-    counts = {outcome: sum(one.outcome == outcome for one in transitions) for outcome in OUTCOMES}
-    summary = (
-        f"{name}: {len(transitions)} items, {counts['fixed']} fixed by RL, {counts['broken']} broken by RL, "
+def _describe_counts(sides: Sides, counts: Mapping[str, int]) -> str:
+    if not sides.before:
+        return f"{counts['right']} right and {counts['wrong']} wrong"
+    what = sides.between
+    return (
+        f"{counts['fixed']} fixed by {what}, {counts['broken']} broken by {what}, "
         f"{counts['right']} right and {counts['wrong']} wrong both times"
     )
+
+
+def _build_benchmark(
+    name: str, transitions: Sequence[Transition], sides: Sides, control: dict[tuple[str, str], Item], *, is_open: bool
+) -> str:
+    counts = {outcome: sum(one.outcome == outcome for one in transitions) for outcome in sides.outcomes}
+    summary = f"{name}: {len(transitions)} items, {_describe_counts(sides, counts)}"
     items = []
-    for one in _select(transitions):
+    for one in _select(transitions, sides.outcomes):
         other = control.get((name, str(one.after.id)))
         extra = "" if other is None else _build_answer(other, f"control {CONTROL.label}, after RL")
-        items.append(_build_item(one, point, extra))
+        items.append(_build_item(one, sides, extra))
     return build_details(summary, "".join(items), is_open=is_open)
 
 
 def section_samples(run: Run) -> str:
-    """A few items of each benchmark with prompt, model text and verdict, before and after RL."""
+    """A few items of each benchmark with prompt, model text and verdict, before and after."""
+    found = choose_sides(run)
+    if found is None:
+        is_to_come = any(node.spec.stage == "eval" for node in run.nodes)
+        words = "No model has been evaluated both before and after RL yet."
+        return build_paragraph(words, "callout") if is_to_come else ""
+    sides, transitions = found
     evaluations = build_evaluations(run)
-    candidates = [get_lead_arm(compute_rows(run)), CONTROL, *dict.fromkeys(arm for _, arm in evaluations)]
-    for arm in (arm for arm in candidates if arm is not None):
-        seeds = sorted(evaluations.get(("rl", arm), {}))
-        point, transitions = build_transitions(run, arm, seeds[0]) if seeds else ("", [])
-        if transitions:
-            break
-    else:
-        return build_paragraph("No model has been evaluated both before and after RL yet.", "callout")
     control: dict[tuple[str, str], Item] = {}
-    if not arm.is_control and seeds[0] in evaluations.get(("rl", CONTROL), {}):
-        control = _index_items(evaluations["rl", CONTROL][seeds[0]].items)
+    if not sides.arm.is_control and sides.seed in evaluations.get(("rl", CONTROL), {}):
+        control = _index_items(evaluations["rl", CONTROL][sides.seed].items)
     by_benchmark: dict[str, list[Transition]] = {}
     for one in transitions:
         by_benchmark.setdefault(one.after.benchmark, []).append(one)
     buttons = "".join(
         f'<button type="button" data-filter="{outcome}" aria-pressed="false">{esc(words)}</button>'
-        for outcome, words in {"all": "all outcomes", **OUTCOMES}.items()
+        for outcome, words in {"all": "all outcomes", **sides.outcomes}.items()
     )
     parts = [
         build_paragraph(
-            f"Greedy answers of {arm.label}, seed {seeds[0]}. Of each benchmark the first item in file order of each "
-            "outcome is shown: not a fair sample (the counts are in the headings), but nobody picked it by hand. Texts "
-            f"are cut at {MAX_TEXT} characters, sampled answers at {MAX_SAMPLE_TEXT}.",
+            f"Greedy answers of {sides.arm.label}, seed {sides.seed}. Of each benchmark the first item in file order "
+            "of each outcome is shown: not a fair sample (the counts are in the headings), but nobody picked it by "
+            f"hand. Texts are cut at {MAX_TEXT} characters, sampled answers at {MAX_SAMPLE_TEXT}.",
             "quiet",
         ),
         f'<div class="filters" hidden>{buttons}</div>',
     ]
     for index, (name, group) in enumerate(by_benchmark.items()):
-        parts.append(_build_benchmark(name, group, point, control, is_open=index == 0))
+        parts.append(_build_benchmark(name, group, sides, control, is_open=index == 0))
     return "".join(parts)

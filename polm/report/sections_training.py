@@ -12,6 +12,7 @@ from polm.report.annealing import Crossing, compute_crossing, describe_crossing
 from polm.report.compare import CONTROL, CONTROL_NAME, Arm, compute_arm
 from polm.report.escape import esc
 from polm.report.load import Metrics, Node, Run
+from polm.report.made import ROLLOUT_STAGES
 from polm.report.markup import build_details, build_grid, build_paragraph, compute_arm_styles
 from polm.report.metric_words import COUNTERS, FOLDED, PLAIN_NLL, describe_metric_words
 from polm.report.plots import Bar, Line, Mark, build_bar_plot, build_line_plot, compute_histogram_edges
@@ -24,6 +25,7 @@ STAGE_TITLES = {
     "midtrain": "Mid-training",
     "sft": "Supervised fine-tuning",
     "dpo": "Preference optimisation",
+    "online": "Online preference optimisation",
     "reward_model": "Reward model",
     "process_reward_model": "Process reward model",
     "grpo": "RL with verifiable rewards",
@@ -194,9 +196,10 @@ def _build_crossing_words(crossings: dict[Arm, Crossing]) -> str:
         for number, one in enumerate(crossings.values())
     )
     window = max(one.window for one in crossings.values())
+    averaged = f"averaged over {window} logged points (each point and those before it)" if window > 1 else "as logged"
     note = build_paragraph(
-        f"Curves that pass each other, by {PLAIN_NLL} averaged over {window} logged points (each point and those "
-        "before it); means over the seeds that both have. It is the likelihood of the training text, noise included: "
+        f"Curves that pass each other, by {PLAIN_NLL} {averaged}; means over the seeds that both have. "
+        "It is the likelihood of the training text, noise included: "
         "an arm that lies above may still be the better base, which the benchmarks decide. Rings in the first plot "
         "mark the places.",
         "quiet",
@@ -205,7 +208,7 @@ def _build_crossing_words(crossings: dict[Arm, Crossing]) -> str:
 
 
 def _build_curve_plot(run: Run, step: str, name: str, by_arm: dict[Arm, list[Node]], marks: Sequence[Mark] = ()) -> str:
-    x_name = "update" if step in ("grpo", "midtrain") else "tokens"
+    x_name = "update" if step == "midtrain" or step in ROLLOUT_STAGES else "tokens"
     logs: dict[Arm, list[Sequence[Metrics]]] = {arm: [node.metrics for node in nodes] for arm, nodes in by_arm.items()}
     lines, seeds = _build_lines(run, name, x_name, logs)
     if not lines:
@@ -317,5 +320,6 @@ def section_training(run: Run) -> str:
     """Curves of every metric that a training stage logged, one plot a metric, one line an arm."""
     trained = _list_trained(run)
     if not trained:
-        return build_paragraph("No stage has logged metrics yet.", "callout")
+        is_to_come = any(node.status == "pending" for node in run.nodes)
+        return build_paragraph("No stage has logged metrics yet.", "callout") if is_to_come else ""
     return "".join(_build_step(run, step, by_arm) for step, by_arm in trained.items())

@@ -21,6 +21,8 @@ from polm.report.compare import (
 )
 from polm.report.escape import clean_text
 from polm.report.load import Node, Run
+from polm.report.losses import list_losses
+from polm.report.rounds import Rounds, describe_rounds, name_place
 
 
 def _build_text(value: object, style: str = "") -> Text:
@@ -28,7 +30,7 @@ def _build_text(value: object, style: str = "") -> Text:
     return Text(clean_text(str(value)), style=style)
 
 
-def _build_score_cell(row: Row | None) -> Text:
+def build_score_text(row: Row | None) -> Text:
     return Text("–" if row is None else format_number(row.score.mean, row.metric))
 
 
@@ -60,7 +62,7 @@ def describe_basis(rows: Rows) -> str:
     """What the intervals rest on, in one line."""
     bases = {row.comparison.basis: row.comparison.label for row in rows.rows if row.comparison is not None}
     if not bases:
-        return "no arm can be compared with the control yet"
+        return "there is no arm that can be compared with the control"
     labels = sorted({row.comparison.label for row in rows.rows if row.comparison is not None})
     return f"difference to {CONTROL_NAME} of cycle 0, paired, 95 % interval; " + "; ".join(labels)
 
@@ -79,7 +81,7 @@ def build_average_table(rows: Rows, point: str) -> Table:
         cells = []
         for key in metrics:
             row = rows.get(point, arm, None, key)
-            cells.append(_build_score_cell(row).append("\n").append_text(_build_difference_cell(row)))
+            cells.append(build_score_text(row).append("\n").append_text(_build_difference_cell(row)))
         table.add_row(_build_text(arm.label), *cells)
     return table
 
@@ -97,8 +99,44 @@ def build_summary_table(rows: Rows) -> Table:
         cells = []
         for point in rows.points:
             row = rows.get(point, arm, None, "greedy")
-            cells.append(_build_score_cell(row).append("\n").append_text(_build_difference_cell(row)))
+            cells.append(build_score_text(row).append("\n").append_text(_build_difference_cell(row)))
         table.add_row(_build_text(arm.label), *cells)
+    return table
+
+
+def build_rounds_summary(rounds: Rounds) -> Table:
+    """A run without a control: one row an evaluation, with its difference to the first one."""
+    caption = _build_text(describe_rounds(rounds))
+    table = Table(title="average of the benchmarks, difference to the first", caption=caption)
+    table.add_column("model")
+    metrics = rounds.list_metrics()
+    for key in metrics:
+        title = METRICS[key].title.replace("pass@k", f"pass@{rounds.k}")
+        table.add_column(f"{title}, {METRICS[key].unit}", justify="right")
+    for place in rounds.places:
+        cells = []
+        for key in metrics:
+            row = rounds.rows.get((place, key))
+            cell = build_score_text(row)
+            if place != rounds.places[0]:
+                cell.append("\n").append_text(_build_difference_cell(row))
+            cells.append(cell)
+        table.add_row(_build_text(name_place(place)), *cells)
+    return table
+
+
+def build_problems_table(run: Run) -> Table | None:
+    """What was dropped, cut or not judged; None where nothing was."""
+    losses = list_losses(run)
+    if not losses:
+        return None
+    table = Table(title="what was left out")
+    for heading in ("stage", "count"):
+        table.add_column(heading)
+    table.add_column("number", justify="right")
+    table.add_column("what it means")
+    for loss in losses:
+        table.add_row(_build_text(loss.leaf), _build_text(loss.name), f"{loss.count:,.0f}", _build_text(loss.meaning))
     return table
 
 
@@ -114,7 +152,7 @@ def build_benchmark_table(rows: Rows, point: str, metric: str) -> Table:
         cells = []
         for arm in arms:
             row = rows.get(point, arm, benchmark, metric)
-            cell = _build_score_cell(row)
+            cell = build_score_text(row)
             if row is not None and row.comparison is not None:
                 cell.append("  ").append_text(_build_difference_cell(row))
             cells.append(cell)

@@ -89,6 +89,13 @@ def prefill(
     )
 
 
+def round_width(rows: int) -> int:
+    """`rows` up to one of four sizes an octave (from 8 on): CPU bf16 products are compiled, and the code kept, for
+    each number of rows, and a batch that shrinks row by row goes through all of them."""
+    step = 1 << max(0, (rows - 1).bit_length() - 3)
+    return -(-rows // step) * step
+
+
 class Reader:
     """One model at work: it reads prompts and the live rows' tokens, and keeps their keys and values.
 
@@ -140,9 +147,14 @@ class Reader:
 
     def read_tokens(self, tokens_R: Array, positions_R: Array) -> Tensor:
         """Feed each live row's last token; returns the logits [R, V] of the next."""
+        rows = len(tokens_R)
+        if self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # The slots behind the live rows come along, at a place that is in use: nobody reads what they give.
+            more = (0, min(round_width(rows), self.cache.num_slots) - rows)
+            tokens_R, positions_R = np.pad(tokens_R, more), np.pad(positions_R, more, mode="edge")
         positions = self.cache.begin_step(self.num_above + positions_R)
         tokens = torch.from_numpy(tokens_R).to(self.model.device)
-        return output_logits(self.model, run_decoder(self.model, tokens, positions, self.cache))
+        return output_logits(self.model, run_decoder(self.model, tokens, positions, self.cache))[:rows]
 
     def move(self, sources: Array, targets: Array, length: int) -> None:
         """Copy the first `length` tokens of some slots to other slots (none is both)."""

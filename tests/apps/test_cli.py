@@ -457,6 +457,14 @@ def test_a_report_is_opened(polm: Cli, artifact: Any, tmp_path: Path, monkeypatc
     assert len(opened) == 1
 
 
+def test_a_report_of_one_stage(polm: Cli, artifact: Any, tmp_path: Path) -> None:
+    done = polm("report", str(artifact("rejection")), "--out", "page.html")
+    assert done.code == 0
+    assert "answers of 64 kept, to" in " ".join(done.out.split())
+    assert "what was left out" in done.out
+    assert '<section id="answers">' in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -220,6 +220,18 @@ def test_the_keyboard_walks_through_a_text(browser: Browser, page: Path) -> None
     assert browser.run("document.activeElement.closest('.scoped') === document.querySelectorAll('.scoped')[1]")
 
 
+def test_what_scrolls_can_be_reached_by_the_keyboard(browser: Browser, page: Path) -> None:
+    browser.open(page, width=390, height=800)
+    browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    browser.run("new Promise(done => setTimeout(done, 100))")
+    out_of_reach = browser.run(
+        "[...document.querySelectorAll('.scroll, .texts, pre')].filter(e => e.scrollWidth > e.clientWidth + 1 || "
+        "e.scrollHeight > e.clientHeight + 1).filter(e => e.tabIndex < 0 && !e.querySelector('a, [tabindex]')).length"
+    )
+    assert browser.run("document.querySelectorAll('.scroll[tabindex]').length") > 0
+    assert out_of_reach == 0
+
+
 def test_shades_do_not_rest_on_colour(browser: Browser, page: Path) -> None:
     browser.open(page)
     style = lambda name: browser.run(  # noqa: E731
@@ -273,6 +285,17 @@ def test_hostile_text_does_nothing(
     labels = browser.run("[...document.querySelectorAll('.scope')[0].querySelectorAll('option')].map(e => e.value)")
     (label,) = [one for one in labels if one.startswith("document:add")]
     assert set(choose(browser, label)) == {label}
+
+
+@pytest.mark.parametrize("name", ["pairs", "reward_model", "ppo", "eval"])
+def test_the_report_of_one_stage(browser: Browser, artifact: Any, name: str, tmp_path: Path) -> None:
+    opened = write_report(artifact(name), tmp_path / "report.html")
+    browser.open(opened, width=390, height=800)
+    browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    browser.run("document.querySelectorAll('button').forEach(b => b.click())")
+    assert browser.requests == [opened.as_uri()]
+    assert browser.problems == []
+    assert browser.run("document.documentElement.scrollWidth") == 390
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -357,5 +380,9 @@ def test_it_prints(browser: Browser, page: Path) -> None:
     assert browser.run("getComputedStyle(document.body).colorScheme") == "light"  # no sheets of black ink
     browser.call("Emulation.setEmulatedMedia", media="")
     done = browser.call("Page.printToPDF", printBackground=False, transferMode="ReturnAsStream")
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    cut = "[...document.querySelectorAll('pre')].filter(e => e.scrollHeight > e.clientHeight + 1).length"
+    assert browser.run(cut) == 0  # paper does not scroll
+    browser.call("Emulation.setEmulatedMedia", media="")
     part = browser.call("IO.read", handle=done["stream"], size=8)
     assert part["data"].startswith("JVBER" if part.get("base64Encoded") else "%PDF-")

@@ -14,6 +14,7 @@ from polm.report.plots import (
     Bar,
     IntervalMark,
     Line,
+    Mark,
     build_bar_plot,
     build_interval_plot,
     build_line_plot,
@@ -109,6 +110,16 @@ def test_named_places_get_error_bars() -> None:
     assert len(bars) == 1  # nan bounds draw none
     assert ">base<" in figure
     assert ">rl<" in figure
+
+
+def test_letters_of_marks_do_not_lie_on_each_other() -> None:
+    line = Line("a", [0.0, 100.0], [1.0, 2.0], 0)
+    marks = [Mark(50.0, 1.5, "A", "one", 0), Mark(51.0, 1.5, "B", "two", 1), Mark(90.0, 1.9, "C", "three", 1)]
+    figure = build_line_plot([line], y_label="y", marks=marks, **WORDS)
+    assert ">A B</text>" in figure
+    assert ">C</text>" in figure
+    assert "<title>one; two</title>" in figure
+    assert ">B</text>" not in figure
 
 
 def test_interval_plot_marks_zero_and_missing_intervals() -> None:

@@ -1,4 +1,4 @@
-"""Build the row kernels of `rows.cpp` on first use and open them; without a compiler there are none.
+"""Build the kernels of `rows.cpp` and `attention.cpp` on first use and open them; without a compiler there are none.
 
 The library is kept in the user's cache folder under the hash of its source, the compiler and the processor, and put
 there whole, so that several processes may build at once. POLM_KERNELS=off does without it.
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 SWITCH = "POLM_KERNELS"
-SOURCES = ("rows.cpp",)
+SOURCES = ("rows.cpp", "attention.cpp")
 # No -ffast-math: numbers that are not finite must stay so, for the loop to see them.
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
@@ -37,6 +37,11 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "polm_head_forward": (P, P, F, P, P, P, N, N, N, I, I),
     "polm_head_backward": (P, P, F, P, P, P, P, N, N, N, I, I),
 }
+# Only where the processor has the instructions.
+ATTENTION_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "polm_attention_forward": (*(P,) * 8, *(N,) * 5, F, I),
+    "polm_attention_backward": (*(P,) * 13, *(N,) * 5, F, I),
+}
 
 
 @functools.cache
@@ -45,10 +50,18 @@ def load_library() -> ctypes.CDLL | None:
     library = _find_library()
     if isinstance(library, str):
         return None
-    for name, arguments in SIGNATURES.items():
+    signatures = SIGNATURES | (ATTENTION_SIGNATURES if library.polm_has_attention() else {})
+    for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
+
+
+@functools.cache
+def has_attention() -> bool:
+    """Whether the library holds the attention of `attention.cpp`: on processors with AVX512-BF16 and without AMX."""
+    library = load_library()
+    return library is not None and bool(library.polm_has_attention())
 
 
 def explain_absence() -> str | None:

@@ -287,7 +287,8 @@ void head_forward(
 }
 
 // In place: z becomes the gradient of the logits. With p the distribution, g_k the gradient of logprob k and h that of
-// the entropy H: sum_k g_k (1[v = id_k] - p_v) - h p_v (log p_v + H), over the temperature.
+// the entropy H: sum_k g_k (1[v = id_k] - p_v) - h p_v (log p_v + H), over the temperature. The logits may be a part of the
+// vocabulary; ids outside of it are left out.
 template <class X>
 void head_backward(
     X *z, const int64_t *ids, float inverse_temperature, const float *lse, const float *entropy, const float *grad,
@@ -297,6 +298,7 @@ void head_backward(
     {
         Part part(rows, omp_get_thread_num(), omp_get_num_threads());
         std::vector<float> at((size_t)k);
+        auto inside = [&](int64_t id) { return id >= 0 && id < vocab; };
         for (int64_t t = part.begin; t < part.end; ++t) {
             X *row = z + t * vocab;
             float sum = 0.0f, log_total = lse[t];
@@ -307,7 +309,8 @@ void head_backward(
                 return -fast_exp(logp) * (sum + h * (logp + own));
             };
             // The gradients at the ids are taken before the logits are gone, and added in float.
-            for (int64_t i = 0; i < k; ++i) at[(size_t)i] = pull(up(row[ids[t * k + i]]));
+            for (int64_t i = 0; i < k; ++i)
+                at[(size_t)i] = inside(ids[t * k + i]) ? pull(up(row[ids[t * k + i]])) : 0.0f;
             if (grad_entropy) {
 #pragma omp simd
                 for (int64_t v = 0; v < vocab; ++v) put(row[v], pull(up(row[v])) * inverse_temperature);
@@ -318,6 +321,7 @@ void head_backward(
                     put(row[v], factor * fast_exp(up(row[v]) * inverse_temperature - log_total));
             }
             for (int64_t i = 0; i < k; ++i) {
+                if (!inside(ids[t * k + i])) continue;
                 float here = at[(size_t)i];
                 for (int64_t j = 0; j < k; ++j)  // an id may stand more than once
                     if (ids[t * k + j] == ids[t * k + i]) here += grad[t * k + j];

@@ -16,8 +16,8 @@ from torch import Tensor
 from polm.models.kernels.build import load_library
 
 
-def _call(name: str, *arguments: Tensor | float | int | None) -> None:
-    """Call a kernel; tensors go as the addresses of their numbers. They must be contiguous, and outlive the call."""
+def call_kernel(name: str, *arguments: Tensor | float | int | None) -> None:
+    """Call a kernel on all of torch's threads. Tensors go as the addresses of their numbers, so they are contiguous."""
     library = load_library()
     assert library is not None, "the row kernels are called without having been found"
     raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
@@ -36,7 +36,7 @@ class _Norm(torch.autograd.Function):
         rows, width = x_TD.numel() // x_TD.shape[-1], x_TD.shape[-1]
         out_TD = torch.empty(x_TD.shape, dtype=dtype)
         rstd_T = torch.empty(rows)
-        _call("polm_norm_forward", x_TD, weight_D, eps, out_TD, rstd_T, rows, width, _is_half(out_TD))
+        call_kernel("polm_norm_forward", x_TD, weight_D, eps, out_TD, rstd_T, rows, width, _is_half(out_TD))
         ctx.save_for_backward(x_TD, weight_D, rstd_T)
         return out_TD
 
@@ -46,7 +46,7 @@ class _Norm(torch.autograd.Function):
         grad_TD = grads[0].contiguous()
         grad_x_TD, grad_weight_D = torch.empty_like(x_TD), torch.empty_like(weight_D)
         sizes = len(rstd_T), x_TD.shape[-1], _is_half(grad_TD)
-        _call("polm_norm_backward", grad_TD, x_TD, weight_D, rstd_T, grad_x_TD, grad_weight_D, *sizes)
+        call_kernel("polm_norm_backward", grad_TD, x_TD, weight_D, rstd_T, grad_x_TD, grad_weight_D, *sizes)
         return grad_x_TD, grad_weight_D, None, None
 
 
@@ -64,7 +64,7 @@ class _Rotate(torch.autograd.Function):
         x_THD = x_THD.contiguous()
         out_THD, rstd_TH = torch.empty_like(x_THD), torch.empty(x_THD.shape[:2])
         sizes = *x_THD.shape, _is_half(x_THD)
-        _call("polm_rotate_forward", x_THD, weight_D, eps, cosine_TD, sine_TD, out_THD, rstd_TH, *sizes)
+        call_kernel("polm_rotate_forward", x_THD, weight_D, eps, cosine_TD, sine_TD, out_THD, rstd_TH, *sizes)
         ctx.save_for_backward(x_THD, weight_D, cosine_TD, sine_TD, rstd_TH)
         return out_THD
 
@@ -75,7 +75,7 @@ class _Rotate(torch.autograd.Function):
         grad_x_THD = torch.empty_like(x_THD)
         grad_weight_D = None if weight_D is None else torch.empty_like(weight_D)
         tensors = grad_THD, x_THD, weight_D, cosine_TD, sine_TD, rstd_TH, grad_x_THD, grad_weight_D
-        _call("polm_rotate_backward", *tensors, *x_THD.shape, _is_half(x_THD))
+        call_kernel("polm_rotate_backward", *tensors, *x_THD.shape, _is_half(x_THD))
         return grad_x_THD, grad_weight_D, None, None, None
 
 
@@ -93,7 +93,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_TF: Tensor, upper_TF: Tensor) -> Tensor:
         gate_TF, upper_TF = gate_TF.contiguous(), upper_TF.contiguous()
         out_TF = torch.empty_like(gate_TF)
-        _call("polm_swiglu_forward", gate_TF, upper_TF, out_TF, gate_TF.numel(), _is_half(gate_TF))
+        call_kernel("polm_swiglu_forward", gate_TF, upper_TF, out_TF, gate_TF.numel(), _is_half(gate_TF))
         ctx.save_for_backward(gate_TF, upper_TF)
         return out_TF
 
@@ -103,7 +103,7 @@ class _SwiGLU(torch.autograd.Function):
         grad_TF = grads[0].contiguous()
         grad_gate_TF, grad_upper_TF = torch.empty_like(gate_TF), torch.empty_like(upper_TF)
         tensors = grad_TF, gate_TF, upper_TF, grad_gate_TF, grad_upper_TF
-        _call("polm_swiglu_backward", *tensors, gate_TF.numel(), _is_half(gate_TF))
+        call_kernel("polm_swiglu_backward", *tensors, gate_TF.numel(), _is_half(gate_TF))
         return grad_gate_TF, grad_upper_TF
 
 
@@ -121,7 +121,7 @@ def head_forward(
     logprobs_NK, total_N = torch.empty(ids_NK.shape), torch.empty(rows)
     entropy_N = torch.empty(rows) if with_entropy else None
     sizes = rows, vocab, ids_NK.shape[1], _is_half(logits_NV)
-    _call("polm_head_forward", logits_NV, ids_NK, 1.0 / temperature, logprobs_NK, total_N, entropy_N, *sizes)
+    call_kernel("polm_head_forward", logits_NV, ids_NK, 1.0 / temperature, logprobs_NK, total_N, entropy_N, *sizes)
     return logprobs_NK, total_N, entropy_N
 
 
@@ -134,7 +134,10 @@ def head_backward_(
     grad_logprobs_NK: Tensor,
     grad_entropy_N: Tensor | None,
 ) -> None:
-    """Turn the logits into their gradient, in place; `total_N` and `entropy_N` are those of `head_forward`."""
+    """Turn the logits into their gradient, in place; `total_N` and `entropy_N` are those of `head_forward`.
+
+    The logits may be those of a part of the vocabulary, with ids counted from its beginning; others may lie outside.
+    """
     sizes = *logits_NV.shape, ids_NK.shape[1], _is_half(logits_NV)
     tensors = total_N, entropy_N, grad_logprobs_NK, grad_entropy_N
-    _call("polm_head_backward", logits_NV, ids_NK, 1.0 / temperature, *tensors, *sizes)
+    call_kernel("polm_head_backward", logits_NV, ids_NK, 1.0 / temperature, *tensors, *sizes)

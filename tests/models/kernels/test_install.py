@@ -126,6 +126,7 @@ def test_bf16_entropy_and_candidates(temperature: float, monkeypatch: pytest.Mon
             if case != "whole":
                 patch.setattr(sys.modules[score.__module__], "MAX_LOGITS", 97 * 7)
                 patch.setattr(sys.modules[score.__module__], "KEPT_LOGITS", 0)
+                patch.setattr(sys.modules[score.__module__], "KEPT_BYTES", 0)
             if case == "without":
                 switch_off(patch)
             scores = score(model, batch, needs, temperature=temperature, bf16=True)

@@ -32,7 +32,8 @@ def compare(
         assert one.shape == other.shape
         tolerance = 4e-6 if dtype == torch.float32 else 2.0**-8
         # Of the largest number: a sum's small results carry the rounding of its large terms.
-        assert float((one.double() - other).abs().max()) <= tolerance * float(other.abs().max())
+        gap = float((one.detach().double() - other.detach()).abs().max())
+        assert gap <= tolerance * float(other.detach().abs().max())
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -113,6 +114,18 @@ def test_head_is_its_formula(dtype: torch.dtype, with_entropy: bool, rows: int, 
     head_backward_(logits, ids, 0.7, total, entropy, grad, grad_entropy if with_entropy else None)
     tolerance = 4e-6 if dtype == torch.float32 else 2.0**-8
     assert float((logits.double() - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def test_head_by_parts_of_the_vocabulary() -> None:
+    """Three parts of the logits, each with the ids counted from its beginning, give the gradient of the whole."""
+    logits, ids = 3 * draw(5, 30), torch.tensor([[0, 9], [10, 29], [19, 19], [20, 3], [11, 12]])
+    grad, grad_entropy = draw(5, 2, seed=1), draw(5, seed=2)
+    _, total, entropy = head_forward(logits, ids, 0.9, True)
+    parts = [logits[:, first : first + 10].contiguous() for first in (0, 10, 20)]
+    for first, part in zip((0, 10, 20), parts, strict=True):
+        head_backward_(part, ids - first, 0.9, total, entropy, grad, grad_entropy)
+    head_backward_(logits, ids, 0.9, total, entropy, grad, grad_entropy)
+    assert torch.equal(torch.cat(parts, 1), logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
