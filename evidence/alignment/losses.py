@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +210,21 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
     left.set_yticks(range(len(wins)), [c["arm"] for c in wins], fontsize=8)
     left.axvline(50, color="0.5", linewidth=1)
     left.set_xlabel("win rate against the SFT model, % (95 % t interval over seeds)")
+    crowds: list[list[tuple[float, float, str]]] = []
     for claim in wins:
         mine = [(row["arms"][claim["arm"]], row["sft"]) for row in rows if claim["arm"] in row["arms"]]
-        kl = sum(a["kl"] for a, _ in mine) / len(mine)
-        gain = sum(a["gold"] - s["gold"] for a, s in mine) / len(mine)
+        kl, gain = _mean([a for a, _ in mine], "kl"), sum(a["gold"] - s["gold"] for a, s in mine) / len(mine)
         right.plot(kl, gain, "o", color="C0")
-        right.annotate(claim["arm"], (kl, gain), fontsize=7, xytext=(3, 2), textcoords="offset points")
+        spot = (kl, gain, claim["arm"])
+        near = [c for c in crowds if any(abs(log10(k / kl)) < 0.16 and abs(g - gain) < 0.065 for k, g, _ in c)]
+        crowds = [c for c in crowds if c not in near] + [[spot, *(other for c in near for other in c)]]
+    for crowd in crowds:  # names that would cover each other stand together; of many, on the empty left
+        names = textwrap.fill(", ".join(sorted(arm for _, _, arm in crowd)), 24)
+        (kl, gain, _), side = (min(crowd), "right") if len(crowd) > 3 else (max(crowd), "left")
+        place = {"xytext": (6 if side == "left" else -6, 0 if side == "left" else 14), "ha": side, "va": "center"}
+        right.annotate(names, (kl, gain), fontsize=7, textcoords="offset points", **place)
     right.set_xscale("log")
+    right.set_xlim(0.4, 150)
     right.set_xlabel("KL from the SFT model, nats an answer")
     right.set_ylabel("gold reward over the SFT model, points")
     figure.tight_layout()

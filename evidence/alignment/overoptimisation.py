@@ -269,23 +269,25 @@ def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(claims: Sequence[Mapping[str, Any]]) -> None:
-    """Gold (left) and proxy (right) over the root of KL, a thin line a seed and a thick one for the mean."""
+    """Gold (above) and proxy (below) over the root of KL, a column a method; thin lines are seeds, thick ones means."""
     del claims
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    for number, name in enumerate(("best_of_n", *ALGORITHMS)):
+    names = ("best_of_n", *ALGORITHMS)
+    figure, axes = plt.subplots(2, len(names), figsize=(13, 5.4), sharex=True, sharey="row")
+    for name, column in zip(names, axes.T, strict=True):
         found = [row["arms"][name] for row in read_rows(PART, MY_SEEDS) if name in row["arms"]]
-        for axis, metric in zip(axes, ("gold", "proxy"), strict=True):
+        column[0].set_title(name, fontsize=10)
+        for axis, metric in zip(column, ("gold", "proxy"), strict=True):
             for points in found:
                 roots = [max(p["kl"], 0.0) ** 0.5 for p in points]
-                axis.plot(roots, [p[metric] for p in points], color=f"C{number}", alpha=0.25, linewidth=1)
+                axis.plot(roots, [p[metric] for p in points], color="C0", alpha=0.35, linewidth=1)
             if found:
                 roots = [np.mean([max(p[i]["kl"], 0.0) ** 0.5 for p in found]) for i in range(len(found[0]))]
                 means = [np.mean([p[i][metric] for p in found]) for i in range(len(found[0]))]
-                axis.plot(roots, means, "o-", color=f"C{number}", markersize=3, label=name)
-    for axis, words in zip(axes, ("gold reward, points", "proxy: the reward model's score"), strict=True):
-        axis.set_xlabel("root of the KL from the SFT model (nats an answer)")
-        axis.set_ylabel(words)
-    axes[0].legend(fontsize=8)
+                axis.plot(roots, means, "o-", color="C3", markersize=3)
+                axis.axhline(means[0], color="0.5", linewidth=1, linestyle="--")
+    axes[0, 0].set_ylabel("gold reward, points")
+    axes[1, 0].set_ylabel("proxy: the reward model's score")
+    figure.supxlabel("root of the KL from the SFT model (nats an answer); dashed: the SFT model", fontsize=10)
     figure.tight_layout()
     figure.savefig(HERE / "overoptimisation.png", dpi=110)
     plt.close(figure)

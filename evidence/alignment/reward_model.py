@@ -185,9 +185,11 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
             axis.plot(sizes, [row["arms"][str(size)][metric] for size in sizes], "o-", color="C0", alpha=0.5)
     for axis, words in zip(axes, ("accuracy on held-out noisy pairs", "correlation with gold"), strict=True):
         axis.set_xscale("log")
+        axis.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
+        axis.minorticks_off()
         axis.set_xlabel("pairs trained on")
         axis.set_ylabel(words)
-    axes[0].axhline(0.5, color="0.5", linewidth=1)
+    axes[0].axhline(0.5, color="0.5", linewidth=1, label="chance")
     ceilings = [arm["ceiling"] for row in read_rows(PART) for arm in row["arms"].values()]
     axes[0].axhline(float(np.mean(ceilings)), color="0.5", linewidth=1, linestyle="--", label="gold itself")
     axes[0].legend(fontsize=8)
