@@ -209,7 +209,8 @@ def draw(claims: Sequence[Mapping[str, Any]]) -> None:
             x, y = ([100 * p["violations"] for p in (before, after)], [p["helpfulness"] for p in (before, after)])
             axis.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->", "color": "C0"})
             axis.plot(x, y, "o", color="C0", markersize=3)
-    for axis, words in zip(axes, ("the answers, before and after revision", "models trained on the answers before, after"), strict=True):
+    titles = "the answers, before and after revision", "models trained on the answers before, after"
+    for axis, words in zip(axes, titles, strict=True):
         axis.set_title(words, fontsize=9)
         axis.set_xlabel("stories with a rude sentence, %")
     axes[0].set_ylabel("helpfulness, points of 10")

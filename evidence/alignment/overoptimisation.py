@@ -269,7 +269,7 @@ def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(claims: Sequence[Mapping[str, Any]]) -> None:
-    """Gold (above) and proxy (below) over the root of KL, a column a method; a thin line a seed, a thick one the mean."""
+    """Gold (above) and proxy (below) over the root of KL, a column a method; thin lines are seeds, thick ones means."""
     del claims
     names = ("best_of_n", *ALGORITHMS)
     figure, axes = plt.subplots(2, len(names), figsize=(13, 5.4), sharex=True, sharey="row")
