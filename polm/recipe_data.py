@@ -76,6 +76,7 @@ class FilesData(Settings):
     ngram: Several = Field(13, description="words in a row that make a record contaminated")
     deduplicate: bool = Field(True, description="drop records of the same text as an earlier one of the role")
     media: Literal["error", "drop"] = Field("error", description="records that refer to images, video or sound")
+    bad_records: Literal["error", "drop"] = Field("error", description="pairs whose prompts differ")
     seed: Seed = Field(0, description="of the order of a mixture")
     stop: Literal["first", "all"] = Field(
         "first", description="end of a mixture: at the first exhausted source, or when all are (others repeat)"

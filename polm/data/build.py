@@ -1,9 +1,9 @@
 """From a user's own files to a data set folder: one place where every format is converted.
 
 Each source is read once, record by record, and written as canonical JSON lines without duplicates and contaminated
-records; then the sources of a role are mixed. The ledger counts, for each role: `read`, `media_dropped`, `duplicates`,
-`contaminated` (and by benchmark), `kept`, `columns_ignored/NAME`, `verifier_chosen`, and for a mixture `mixed`,
-`repeated` and `left_over`.
+records; then the sources of a role are mixed. The ledger counts, for each role: `read`, `dropped_prompts_differ`,
+`media_dropped`, `duplicates`, `contaminated` (and by benchmark), `kept`, `columns_ignored/NAME`, `verifier_chosen`,
+and for a mixture `mixed`, `repeated` and `left_over`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from polm.data.records import (
     build_row,
     list_texts,
 )
-from polm.errors import DataError
+from polm.errors import BadRecordError, DataError
 from polm.recipe_data import FilesData, FileSource, MixedSource
 
 # Role -> (file of a data set folder, what its records are).
@@ -158,7 +158,8 @@ def _clean(
             f"{fitting}. Move the file to the right role, map its columns, or name its format"
         )
     found.append({"path": source.path, "format": detection.format.name})
-    for record in build_records(detection.format, _count_rows(rows, role, ledger), ledger):
+    counted = _count_rows(rows, role, ledger)
+    for record in build_records(detection.format, counted, ledger, partial(_drop_bad, settings, role, ledger)):
         if isinstance(record, Conversation) and record.media:
             if settings.media == "error":
                 raise DataError(
@@ -179,6 +180,13 @@ def _clean(
             continue
         ledger["kept"] += 1
         yield build_row(record)
+
+
+def _drop_bad(settings: FilesData, role: str, ledger: Counter[str], error: BadRecordError) -> None:
+    if settings.bad_records == "error":
+        cure = "Correct it, or set data.bad_records=drop to leave such records out (they are counted)"
+        raise type(error)(f"data.{role}: {error}. {cure}") from error
+    ledger[f"dropped_{error.reason}"] += 1
 
 
 def _count_rows(rows: Iterator[tuple[str, Row]], role: str, ledger: Counter[str]) -> Iterator[tuple[str, Row]]:

@@ -33,11 +33,12 @@ from polm.data.records import (
     Row,
     Stepwise,
 )
-from polm.errors import DataError
+from polm.errors import BadRecordError, DataError
 
 MESSAGE_COLUMNS = frozenset(["messages", "conversations", "prompt", "completion", "chosen", "rejected"])
 NUM_PROBED = 64  # rows that the format is told from
 Rows = Iterator[tuple[str, Row]]
+OnBad = Callable[[BadRecordError], None]  # counts a bad record, or raises
 
 
 @dataclass(frozen=True)
@@ -222,14 +223,22 @@ def open_source(
     return detect_format(head), chain(head, rows)
 
 
-def build_records(format: Format, rows: Rows, ledger: Counter[str]) -> Iterator[Record]:
+def build_records(format: Format, rows: Rows, ledger: Counter[str], on_bad: OnBad | None = None) -> Iterator[Record]:
     """Rows as canonical records; what the format does not read is counted as `columns_ignored/NAME`.
 
-    A field of messages is NAME = "messages[].field", once a row.
+    A field of messages is NAME = "messages[].field", once a row. A pair whose prompts differ is handed to `on_bad` and
+    left out; without one it is an error.
     """
     fields = FIELDS | WEIGHT_FIELDS if format.kind is Conversation else FIELDS
     for place, row in rows:
-        yield format.build(place, row)
+        try:
+            record = format.build(place, row)
+        except BadRecordError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+            continue
+        yield record
         ignored = {name for name, value in row.items() if value is not None} - format.columns
         ledger.update(f"columns_ignored/{name}" for name in ignored)
         for name in MESSAGE_COLUMNS & row.keys() & format.columns:

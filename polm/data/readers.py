@@ -9,14 +9,14 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from polm.data.files import read_rows
-from polm.data.formats import FORMATS, detect_row
+from polm.data.formats import FORMATS, OnBad, detect_row
 from polm.data.normalise import (
     PROMPT_FORMATS,
     build_document,
@@ -33,7 +33,6 @@ from polm.data.records import Preference as Preference
 from polm.data.records import Prompt as Prompt
 from polm.errors import BadRecordError, DataError, StoreError
 
-OnBad = Callable[[BadRecordError], None]  # counts a bad record, or raises
 PROMPT_COLUMNS = frozenset(field.name for field in fields(Prompt)) - {"columns"}
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 

@@ -108,9 +108,13 @@ def build_text(text: str, limit: int = MAX_TEXT) -> str:
 
 def _build_answer(item: Item, heading: str) -> str:
     """One model text with its verdict, and the verdicts of the sampled answers as dots."""
-    verdict = "right" if item.greedy_correct else "wrong"
-    sign = "✓" if item.greedy_correct else "✗"
-    status = f" ({item.greedy_status})" if item.greedy_status not in ("", "right", "wrong") else ""
+    verdict, words = ("right", "✓ right") if item.greedy_correct else ("wrong", "✗ wrong")
+    if item.greedy_status not in (
+        "",
+        "right",
+        "wrong",
+    ):  # nobody knows what it is worth; accuracy counts it as not right
+        verdict, words = "", f"no verdict: {item.greedy_status}"
     dots = "".join("●" if correct else "○" for correct in item.samples_correct)
     num_right = sum(1 for correct in item.samples_correct if correct)
     sampled = (
@@ -119,7 +123,7 @@ def _build_answer(item: Item, heading: str) -> str:
         if item.samples_correct
         else ""
     )
-    badge = f'<span class="verdict {verdict}">{sign} {verdict}{esc(status)}</span>'
+    badge = f'<span class="verdict {verdict}">{esc(words)}</span>'
     texts = _build_samples(item)
     return f'<div class="answer"><h5>{esc(heading)} {badge}</h5>{build_text(item.greedy_text)}{sampled}{texts}</div>'
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,9 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     if not source.is_dir():
         raise DataError(f"no data set folder at {source}; it should hold {', '.join(READERS)} and benchmarks/*.jsonl")
     files: dict[str, Any] = {}
-    for name, read in READERS.items():
+    bad: Counter[str] = Counter()  # copied all the same: the stage that learns from them has a setting, bad_records
+    readers = {**READERS, "preferences.jsonl": partial(iterate_preferences, on_bad=lambda e: bad.update([e.reason]))}
+    for name, read in readers.items():
         if (source / name).is_file():
             files[name] = {"num_records": sum(1 for _ in read(source / name))}
             shutil.copyfile(source / name, out / name)
@@ -108,6 +112,7 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
             files[f"benchmarks/{name}.jsonl"] = {"num_records": len(items)}
         shutil.copytree(source / "benchmarks", out / "benchmarks", dirs_exist_ok=True)
     summary = {"files": files, "ledger": {"records": sum(info["num_records"] for info in files.values())}}
+    summary["ledger"] |= {f"pairs_{reason}": count for reason, count in bad.items()}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

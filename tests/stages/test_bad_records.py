@@ -11,6 +11,7 @@ from polm.data.readers import write_jsonl
 from polm.errors import DataError, ModelError
 from polm.models.loading import load_model, load_tokenizer, save_model
 from polm.recipe import AnnotateSettings, DPOSettings, RewardModelSettings, SFTSettings
+from polm.recipe_data import DataStage, FilesData, FolderData, MixedSource
 
 SMALL: dict[str, Any] = {"bin_tokens": 192, "precision": "fp32", "updates": 1}
 GOOD = [{"prompt": f"add {i} and 1 .", "chosen": str(i + 1), "rejected": str(i + 2)} for i in range(6)]
@@ -59,6 +60,25 @@ def test_pairs_whose_prompts_differ(stage: str, settings: Any, artifact: Any, tm
     counts = {name: n for name, n in ledger.items() if name.startswith("dropped") or name in ("read", "kept")}
     assert counts == {"read": 8, "kept": 6, "dropped": 2, "dropped_equal": 1, "dropped_prompts_differ": 1}
     assert ledger["tokens_read"] == ledger["tokens_kept"] - ledger.get("tokens_mismatched", 0) + ledger["tokens_lost"]
+
+
+def test_the_data_stage_counts_them_and_lets_the_trainer_decide(artifact: Any, tmp_path: Path) -> None:
+    folder, out = Path(write_pairs(tmp_path, DIFFER)), tmp_path / "out"
+    copied = artifact.run("data", DataStage(data=FolderData(source="folder", path=folder)), {}, out / "copied")
+    assert copied["ledger"] == {"records": 6, "pairs_prompts_differ": 1}
+    inputs = {"base": str(artifact("sft")), "data": str(out / "copied")}
+    with pytest.raises(DataError, match=r"preferences.jsonl:4: chosen must end in"):
+        artifact.run("dpo", DPOSettings(**SMALL), inputs, out / "refused")
+
+    source = (MixedSource(path=str(folder / "preferences.jsonl")),)
+    files = FilesData(source="files", preferences=source)
+    with pytest.raises(DataError, match=r"data.preferences: .*preferences.jsonl:4: .* set data.bad_records=drop"):
+        artifact.run("data", DataStage(data=files), {}, out / "refused_files")
+    dropping = DataStage(data=files.model_copy(update={"bad_records": "drop"}))
+    ledger = artifact.run("data", dropping, {}, out / "files")["ledger"]
+    assert ledger["preferences/read"] == 7
+    assert ledger["preferences/kept"] == 6
+    assert ledger["preferences/dropped_prompts_differ"] == 1
 
 
 @pytest.mark.parametrize(
