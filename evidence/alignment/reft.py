@@ -1,7 +1,8 @@
 """Part `reft`: SFT, then PPO on the same questions with a verifier (ReFT, arXiv 2401.08967), against SFT alone.
 
-The questions are the demo's column arithmetic (add, subtract, multiply). Both arms start from one SFT model of few
-epochs and see the same questions with their solutions and answers; the control goes on with SFT.
+The questions are the demo's column arithmetic (add, subtract, multiply): few, many, or many of whose solutions a share
+is wrong. All arms of a case start from one SFT model of few epochs (`warm`) and have the same questions: `sft` goes on
+with SFT, `rft` with SFT on the warm model's own right answers (arXiv 2308.01825), `grpo` and `reft` with RL.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from common import (
     HERE,
     PRETRAIN,
     RUNS,
-    SEEDS,
     SFT,
     SHAPE,
     encode_prompts,
@@ -43,40 +43,65 @@ from polm.stages.common import Base
 from polm.text.chat import stop_token_ids
 
 PART = "reft"
-MY_SEEDS = SEEDS
+MY_SEEDS = (105, 106, 107, 108, 109)  # 100 to 104 were spent on settings that were never tuned (evidence/LOG.md)
 NAMES = ("add", "sub", "mul")
-NUM_DOCUMENTS, CORRUPTED_SHARE = 12_000, 0.12
-NUM_QUESTIONS, NUM_ITEMS = 800, 150
-WARM_EPOCHS, MORE_EPOCHS = 1, 8
-PPO = {
-    "updates": 100,
-    "prompts_per_rollout": 64,
-    "samples": 1,
-    "epochs_per_rollout": 2,
-    "value_clip": None,
-    "critic_optimizer": {"kind": "adamw", "learning_rate": 1e-3, "beta2": 0.99},
-    "max_new_tokens": 64,
+NUM_DOCUMENTS, CORRUPTED_SHARE, NUM_ITEMS = 12_000, 0.12, 150
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many questions, of whose solutions a share is wrong. The lengths were chosen on the tuning seeds: epochs of
+    the warm start, further epochs of SFT and of SFT on right answers of the model's own, updates of RL."""
+
+    questions: int
+    wrong: float
+    warm: int
+    sft: int
+    rft: int
+    updates: int
+
+
+CASES: Mapping[str, Case] = {
+    "few": Case(100, 0.0, warm=8, sft=4, rft=4, updates=60),
+    "many": Case(800, 0.0, warm=4, sft=8, rft=8, updates=120),
+    "noisy": Case(800, 0.3, warm=4, sft=4, rft=8, updates=120),
+}
+SAMPLING = {"max_new_tokens": 64, "reward": "verifier"}
+RFT = {**SAMPLING, "keep": "best", "per_prompt": 4, "samples": 16}
+RL = {
+    **SAMPLING,
+    "prompts_per_rollout": 32,
+    "samples": 8,
     "bin_tokens": 4096,
-    "kl_beta": 0.01,
-    "reward": "verifier",
     "partial_reward": 0.1,
-    "optimizer": {"kind": "adamw", "learning_rate": 3e-4, "beta2": 0.99},
-    "schedule": {"kind": "constant", "warmup_updates": 3},
+    "schedule": {"kind": "linear"},
+    "checkpoint_every": 0,
+}
+OPTIMIZER = {"kind": "muon", "learning_rate": 1e-3, "embedding_learning_rate": 2.5e-4}
+GRPO = {**RL, "optimizer": OPTIMIZER}
+PPO = {
+    **RL,
+    "epochs_per_rollout": 1,
+    "kl_beta": 0.01,
+    "value_clip": None,
+    "optimizer": OPTIMIZER,
+    "critic_optimizer": {"kind": "adamw", "learning_rate": 1e-3, "beta2": 0.99},
 }
 MEASURE_DRAW = 41
-ARMS = ("warm", "sft", "reft")
-TUNING_SEED = 2
+ARMS = ("warm", "sft", "rft", "grpo", "reft")
+TUNING_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Where the things of a seed lie."""
+    """Where the things of a seed and a case lie."""
 
     seed: int
+    case: str
 
     @property
     def folder(self) -> Path:
-        return RUNS / f"seed-{self.seed}" / PART
+        return RUNS / f"seed-{self.seed}" / PART / self.case
 
 
 def draw_items(rng: Random, count: int) -> Iterator[Item]:
@@ -89,7 +114,8 @@ def draw_items(rng: Random, count: int) -> Iterator[Item]:
 
 
 def build_data(sums: Sums) -> Path:
-    """pretrain, sft and prompts.jsonl; the last two hold the same questions."""
+    """pretrain, sft and prompts.jsonl; the last two hold the same questions. Of a smaller case they head a larger's."""
+    case = CASES[sums.case]
     out = sums.folder / "data"
     if (out / "prompts.jsonl").is_file():  # written last
         return out
@@ -99,11 +125,16 @@ def build_data(sums: Sums) -> Path:
         for item in draw_items(rng, NUM_DOCUMENTS)
     )
     write_jsonl(out / "pretrain.jsonl", ({"text": text} for text in documents))
-    items = list({item.prompt: item for item in draw_items(Random(f"{sums.seed}/reft/sft"), NUM_QUESTIONS)}.values())
+    wrong = Random(f"{sums.seed}/reft/wrong")
+
+    def write(item: Item) -> str:
+        return corrupt(item, wrong) if wrong.random() < case.wrong else item.solution
+
+    items = list({item.prompt: item for item in draw_items(Random(f"{sums.seed}/reft/sft"), case.questions)}.values())
     write_jsonl(
         out / "sft.jsonl",
         (
-            {"messages": [{"role": "user", "content": i.prompt}, {"role": "assistant", "content": i.solution}]}
+            {"messages": [{"role": "user", "content": i.prompt}, {"role": "assistant", "content": write(i)}]}
             for i in items
         ),
     )
@@ -111,15 +142,15 @@ def build_data(sums: Sums) -> Path:
     return out
 
 
-def prepare(seed: int) -> tuple[Sums, Path, Path]:
-    """(folder of the seed, data, the warm SFT model)."""
-    sums = Sums(seed)
+def prepare(seed: int, name: str) -> tuple[Sums, Path, Path]:
+    """(folder, data, the warm SFT model)."""
+    sums = Sums(seed, name)
     data = build_data(sums)
     tokenizer = run_stage("tokenizer", sums.folder / "tokenizer", {"kind": "word", "vocab_size": 120}, data=data)
     settings = PretrainSettings.model_validate({"seed": seed, "model": SHAPE, **PRETRAIN})
     base = run_stage("pretrain", sums.folder / "pretrain", settings, data=data, tokenizer=tokenizer)
-    warm = {"seed": seed, **SFT, "epochs": WARM_EPOCHS}
-    return sums, data, run_stage("sft", sums.folder / "warm", warm, data=data, base=base)
+    warm = {"seed": seed, **SFT, "epochs": CASES[name].warm}
+    return sums, data, run_stage("sft", sums.folder / f"warm-{CASES[name].warm}", warm, data=data, base=base)
 
 
 def measure(base: Base, seed: int) -> dict[str, float]:
@@ -144,76 +175,103 @@ def measure(base: Base, seed: int) -> dict[str, float]:
     return found
 
 
-def train(seed: int, arm: str, more_epochs: int = MORE_EPOCHS) -> Path:
-    """The model of an arm."""
-    sums, data, warm = prepare(seed)
-    if arm == "sft":
-        settings = {"seed": seed, **SFT, "epochs": more_epochs}
-        return run_stage("sft", sums.folder / f"sft-{more_epochs}", settings, data=data, base=warm)
-    if arm == "reft":
-        return run_stage("ppo", sums.folder / "reft", {"seed": seed, **PPO}, data=data, base=warm)
+def train(seed: int, name: str, arm: str, length: int = 0) -> Path:
+    """The model of an arm; `length` in place of the chosen epochs or updates."""
+    case = CASES[name]
+    sums, data, warm = prepare(seed, name)
+    chosen = {"warm": case.warm, "sft": case.sft, "rft": case.rft, "grpo": case.updates, "reft": case.updates}
+    length = length or chosen[arm]
+    out = sums.folder / f"{arm}-{length}"
+    match arm:
+        case "sft":
+            return run_stage("sft", out, {"seed": seed, **SFT, "epochs": length}, data=data, base=warm)
+        case "rft":
+            own = run_stage("rejection", sums.folder / "own", {"seed": seed, **RFT}, data=data, base=warm)
+            return run_stage("sft", out, {"seed": seed, **SFT, "epochs": length}, data=own, base=warm)
+        case "grpo":
+            return run_stage("grpo", out, {"seed": seed, **GRPO, "updates": length}, data=data, base=warm)
+        case "reft":
+            return run_stage("ppo", out, {"seed": seed, **PPO, "updates": length}, data=data, base=warm)
     return warm
 
 
 def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
-    for arm in ARMS:
-        if arm not in row["arms"]:
-            row["arms"][arm] = measure(load(train(seed, arm)), seed)
-            write_row(path, row)
-            print(f"{PART} seed {seed} {arm}: {row['arms'][arm]}", flush=True)
+    for name in CASES:
+        for arm in ARMS:
+            if f"{arm}/{name}" not in row["arms"]:
+                row["arms"][f"{arm}/{name}"] = measure(load(train(seed, name, arm)), seed)
+                write_row(path, row)
+                print(f"{PART} seed {seed} {name} {arm}: {row['arms'][f'{arm}/{name}']}", flush=True)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def build_claims() -> list[dict[str, Any]]:
-    rows = [row["arms"] for row in read_rows(PART) if all(arm in row["arms"] for arm in ARMS)]
-    if len(rows) < 2:
-        return []
-    return [
-        build_claim(
-            f"ReFT is better than {words}, {metric}",
-            metric=f"reft/{metric} (points)",
-            arm="reft",
-            control=control,
-            differences=[100 * (arms["reft"][metric] - arms[control][metric]) for arms in rows],
-            better="higher",
-        )
-        for control, words in (("sft", "SFT on the same questions"), ("warm", "the SFT model that it starts from"))
-        for metric in ("greedy", "sampled")
-    ]
+    """ReFT against every other arm, and the two others that learn from their own answers against SFT, by case."""
+    rows = [row["arms"] for row in read_rows(PART, MY_SEEDS)]
+    names = {
+        "sft": "SFT on the same questions",
+        "warm": "the SFT model that it starts from",
+        "rft": "SFT on its own right answers",
+        "grpo": "GRPO",
+    }
+    asked = [("reft", "ReFT", control) for control in names]
+    asked += [("grpo", "GRPO", "sft"), ("rft", "SFT on the model's own right answers", "sft")]
+    claims = []
+    for case in CASES:
+        for arm, words, control in asked:
+            mine, other = f"{arm}/{case}", f"{control}/{case}"
+            both = [arms for arms in rows if mine in arms and other in arms]
+            for metric in ("greedy", "sampled") if len(both) > 1 else ():
+                claims.append(
+                    build_claim(
+                        f"{case} questions: {words} is better than {names[control]}, {metric}",
+                        metric=f"reft/{metric} (points)",
+                        arm=mine,
+                        control=other,
+                        differences=[100 * (arms[mine][metric] - arms[other][metric]) for arms in both],
+                        better="higher",
+                    )
+                )
+    return claims
 
 
 def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
     del claims
-    rows = [row["arms"] for row in read_rows(PART)]
-    lines = ["| | greedy, % | sampled, % |", "|---|---|---|"]
+    rows = [row["arms"] for row in read_rows(PART, MY_SEEDS)]
+    heads = " | ".join(f"{case} questions: greedy, % | sampled, %" for case in CASES)
+    lines = [f"| | {heads} |", "|---" * (2 * len(CASES) + 1) + "|"]
     for arm in ARMS:
-        mine = [arms[arm] for arms in rows if arm in arms]
-        greedy, sampled = (100 * float(np.mean([m[key] for m in mine])) for key in ("greedy", "sampled"))
-        lines.append(f"| {arm} | {greedy:.1f} | {sampled:.1f} |")
+        cells = []
+        for case in CASES:
+            mine = [arms[f"{arm}/{case}"] for arms in rows if f"{arm}/{case}" in arms]
+            cells += [f"{100 * float(np.mean([m[key] for m in mine])):.1f}" for key in ("greedy", "sampled")]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(claims: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy of the three models, a line a seed."""
+    """Accuracy of the models of a case, a line a seed, and their mean."""
     del claims
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
-    for row in read_rows(PART):
-        arms = [arm for arm in ARMS if arm in row["arms"]]
-        for axis, metric in zip(axes, ("greedy", "sampled"), strict=True):
-            axis.plot(arms, [100 * row["arms"][arm][metric] for arm in arms], "o-", color="C0", alpha=0.5)
-            axis.set_title(metric, fontsize=9)
-    axes[0].set_ylabel("right answers on held-out questions, %")
+    figure, axes = plt.subplots(len(CASES), 2, figsize=(8, 7.6), sharex=True, sharey=True)
+    rows = [row["arms"] for row in read_rows(PART, MY_SEEDS)]
+    for case, line in zip(CASES, axes, strict=True):
+        for axis, metric in zip(line, ("greedy", "sampled"), strict=True):
+            found = [[100 * arms[f"{arm}/{case}"][metric] for arm in ARMS] for arms in rows]
+            for values in found:
+                axis.plot(ARMS, values, "-", color="C0", alpha=0.4, linewidth=1)
+            axis.plot(ARMS, np.mean(found, axis=0), "o-", color="C3")
+            axis.set_title(f"{case} questions, {metric}", fontsize=9)
+    figure.supylabel("right answers on held-out questions, %", fontsize=9)
     figure.tight_layout()
     figure.savefig(HERE / "reft.png", dpi=110)
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    tuning = int(sys.argv[1]) if sys.argv[1:] else TUNING_SEED
-    print("warm", measure(load(train(tuning, "warm")), tuning), flush=True)
-    for number in (4, MORE_EPOCHS):
-        print("sft", number, measure(load(train(tuning, "sft", number)), tuning), flush=True)
-    print("reft", measure(load(train(tuning, "reft")), tuning), flush=True)
+if __name__ == "__main__":  # SEED/CASE/ARM or SEED/CASE/ARM/LENGTH
+    for wanted in sys.argv[1:] or [f"{s}/{case}/{arm}" for s in TUNING_SEEDS for case in CASES for arm in ARMS]:
+        seed_given, name_given, arm_given, *length_given = wanted.split("/")
+        made = train(int(seed_given), name_given, arm_given, *map(int, length_given))
+        print(wanted, measure(load(made), int(seed_given)), flush=True)
