@@ -46,6 +46,7 @@ TUNING_SEEDS = (0, 1)
 MEMORY_SEEDS = (100, 101, 102)
 FULL = "full fine-tuning"
 BEFORE = "before SFT"
+QLORA = "QLoRA"
 LORA = {"kind": "lora", "rank": 8, "alpha": 16}
 # What is compared, and the learning rates that are tried.
 KINDS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
@@ -53,6 +54,7 @@ KINDS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
     "LoRA": (LORA, (5e-3, 1e-2, 2e-2)),
     "rsLoRA": ({**LORA, "rslora": True}, (2e-3, 5e-3, 1e-2)),
     "DoRA": ({**LORA, "dora": True}, (5e-3, 1e-2, 2e-2)),
+    QLORA: ({**LORA, "quantize": "nf4"}, ()),  # needs the extra qlora; LoRA's rate
     "IA3": ({"kind": "ia3"}, (3e-2, 1e-1, 3e-1)),
     "prefix tuning": ({"kind": "prefix", "virtual_tokens": 16}, (3e-2, 1e-1, 3e-1)),
     "prompt tuning": ({"kind": "prompt", "virtual_tokens": 16}, (1e-2, 3e-2, 1e-1)),
@@ -145,6 +147,8 @@ def tune(recipe: Recipe) -> None:
     rows: dict[str, dict[str, list[float]]] = {}
     for seed in TUNING_SEEDS:
         for kind, (_, rates) in KINDS.items():
+            if not rates:
+                continue
             best = sorted(rates, key=lambda rate: rows[kind][f"{rate:g}"][0])[:2] if seed == second else rates
             for rate in best:
                 found = measure(recipe, kind, rate, seed)
@@ -154,6 +158,7 @@ def tune(recipe: Recipe) -> None:
     for kind, by_rate in rows.items():
         both = {rate: values for rate, values in by_rate.items() if len(values) == len(TUNING_SEEDS)}
         chosen[kind] = float(min(both, key=lambda rate: float(np.mean(both[rate]))))
+    chosen[QLORA] = chosen["LoRA"]
     TUNING.write_text(json.dumps({"seeds": TUNING_SEEDS, "nll": rows, "chosen": chosen}, indent=1) + "\n")
 
 
@@ -161,7 +166,7 @@ def measure_memory(kind: str, seed: int, folder: str, answers: Any) -> None:
     """In a process of its own: three updates of SFT on a model with random weights."""
     recipe = load_settings(Recipe, HERE / "recipe.yaml")
     data = RUNS / f"s{seed}" / "data"
-    rate = KINDS[kind][1][0]
+    rate = json.loads(TUNING.read_text())["chosen"][kind]
     changes = {"updates": 3, "epochs": None, "bin_tokens": 512}
     settings = tune_sft(recipe, kind, rate, seed).model_copy(update=changes)
     out = Path(folder) / kind.replace(" ", "_")
@@ -234,7 +239,9 @@ def build_claims(rows: Sequence[Mapping[str, Any]], memory: Mapping[str, Any]) -
         time = [100.0 * (a / b - 1.0) for a, b in zip(mine["seconds"], full["seconds"], strict=True)]
         words = f"an update of {kind} takes another time than one of {FULL}, model of 26 M parameters"
         add(words, "processor time an update (percent)", kind, FULL, time, "either")
-    for kind in ("rsLoRA", "DoRA"):
+    held = [a - b for a, b in zip(memory[QLORA]["megabytes"], memory["LoRA"]["megabytes"], strict=True)]
+    add("QLoRA holds less memory than LoRA", "peak memory (MB), 26 M parameters", QLORA, "LoRA", held, "lower")
+    for kind in ("rsLoRA", "DoRA", QLORA):
         gain = [row[kind]["nll"] - row["LoRA"]["nll"] for row in rows]
         words = f"{kind} finds held-out solutions more likely than LoRA"
         add(words, "NLL of held-out solutions (nats/token)", kind, "LoRA", gain, "lower")

@@ -18,6 +18,7 @@ import constitution
 import losses
 import matplotlib
 import overoptimisation
+import own_answers
 import reft
 import reward_model
 import rlaif
@@ -30,6 +31,7 @@ matplotlib.use("Agg")
 PARTS: dict[str, ModuleType] = {
     "losses": losses,
     "overoptimisation": overoptimisation,
+    "own_answers": own_answers,
     "reward_model": reward_model,
     "rlaif": rlaif,
     "constitution": constitution,
