@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from polm.data.packing import epoch_order, mix_seed
-from polm.data.readers import Prompt, read_prompts, write_jsonl
+from polm.data.readers import Message, Prompt, read_prompts, write_jsonl
 from polm.recipe import AnswerSettings
+from polm.recipe_judge import ConstitutionStage, JudgeStage
 from polm.rewards.base import Reward, Rewarder
 from polm.rewards.selection import Answer
 from polm.rollout.answers import sample_answers
@@ -118,3 +119,33 @@ def _read_rows(files: Sequence[Path]) -> Iterator[Mapping[str, Any]]:
 
 def _folder(context: Context) -> Path:
     return context.workdir / "answers"
+
+
+def answer_messages(
+    settings: JudgeStage | ConstitutionStage,
+    context: Context,
+    base: Base,
+    prompts: Sequence[list[Message]],
+    *,
+    samples: int,
+    seed: int,
+    what: str,
+) -> list[tuple[list[Message], list[str]]]:
+    """(messages, the texts of so many answers) for every prompt that leaves room in the model's context."""
+    encoded = [render_prompt(base.tokenizer, messages) for messages in prompts]
+    fitting = [i for i, ids in enumerate(encoded) if len(ids) < base.max_positions]
+    completions = sample_answers(
+        base.model,
+        base.tokenizer,
+        [encoded[i] for i in fitting],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        samples=samples,
+        seed=seed,
+        precision=settings.precision,
+        progress=lambda done, total: context.report({"update": done, "num_updates": total, "what": what}),
+    )
+    found: list[tuple[list[Message], list[str]]] = [(prompts[i], []) for i in fitting]
+    for completion in completions:
+        found[completion.prompt_index][1].append(completion.text)
+    return found

@@ -21,9 +21,9 @@ from polm.rewards.backends import Backend, Reply, Request
 from polm.rewards.constitution import Constitution, Principle, load_constitution
 from polm.rewards.judge_prompts import fill
 from polm.rewards.open_backend import open_backend
-from polm.rollout.answers import sample_answers
+from polm.stages.answers import answer_messages
 from polm.stages.common import Base, Context, Stage, StageResult, input_file, load_base, new_ledger, start_stage
-from polm.text.chat import find_control_tokens, render_prompt
+from polm.text.chat import find_control_tokens
 
 CONSTITUTION = 3  # which stage draws, where stages share a seed and a file of prompts
 
@@ -100,20 +100,9 @@ def _read_or_answer(settings: ConstitutionStage, context: Context, base: Base, l
 def _answer(
     settings: ConstitutionStage, context: Context, base: Base, prompts: Sequence[list[Message]]
 ) -> list[dict[str, Any]]:
-    encoded = [render_prompt(base.tokenizer, messages) for messages in prompts]
-    fitting = [i for i, ids in enumerate(encoded) if len(ids) < base.max_positions]
-    completions = sample_answers(
-        base.model,
-        base.tokenizer,
-        [encoded[i] for i in fitting],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        samples=1,
-        seed=mix_seed(settings.seed, CONSTITUTION),
-        precision=settings.precision,
-        progress=lambda done, total: context.report({"update": done, "num_updates": total, "what": "answer"}),
-    )
-    return [{"prompt": prompts[i], "answer": c.text} for i, c in zip(fitting, completions, strict=True)]
+    seed = mix_seed(settings.seed, CONSTITUTION)
+    answered = answer_messages(settings, context, base, prompts, samples=1, seed=seed, what="answer")
+    return [{"prompt": messages, "answer": answer} for messages, (answer,) in answered]
 
 
 def revise_round(

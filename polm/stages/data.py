@@ -98,7 +98,8 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
         raise DataError(f"no data set folder at {source}; it should hold {', '.join(READERS)} and benchmarks/*.jsonl")
     files: dict[str, Any] = {}
     bad: Counter[str] = Counter()  # copied all the same: the stage that learns from them has a setting, bad_records
-    readers = {**READERS, "preferences.jsonl": partial(iterate_preferences, on_bad=lambda e: bad.update([e.reason]))}
+    pairs = partial(iterate_preferences, on_bad=lambda error: bad.update([error.reason]))
+    readers: dict[str, Callable[[Path], Iterable[object]]] = {**READERS, "preferences.jsonl": pairs}
     for name, read in readers.items():
         if (source / name).is_file():
             files[name] = {"num_records": sum(1 for _ in read(source / name))}

@@ -37,9 +37,8 @@ from polm.rewards.label import (
 )
 from polm.rewards.open_backend import Loaded, open_backend
 from polm.rewards.rank import NO_TOKENS, PairItem, Ranking, compute_position_bias, rank_by_reward
-from polm.rollout.answers import sample_answers
+from polm.stages.answers import answer_messages
 from polm.stages.common import Base, Context, Stage, StageResult, input_file, load_base, new_ledger, start_stage
-from polm.text.chat import render_prompt
 
 JUDGE = 2  # which stage draws, where stages share a seed and a file of prompts
 FAILED = ("timeout", "error")
@@ -134,23 +133,9 @@ def _read_or_sample(settings: JudgeStage, context: Context, ledger: Counter[str]
 def _sample(
     settings: JudgeStage, context: Context, base: Base, prompts: Sequence[list[Message]]
 ) -> list[dict[str, Any]]:
-    encoded = [render_prompt(base.tokenizer, messages) for messages in prompts]
-    fitting = [i for i, ids in enumerate(encoded) if len(ids) < base.max_positions]
-    completions = sample_answers(
-        base.model,
-        base.tokenizer,
-        [encoded[i] for i in fitting],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        samples=settings.samples,
-        seed=mix_seed(settings.seed, JUDGE),
-        precision=settings.precision,
-        progress=lambda done, total: context.report({"update": done, "num_updates": total, "what": "sample"}),
-    )
-    rows: list[dict[str, Any]] = [{"prompt": prompts[i], "answers": []} for i in fitting]
-    for completion in completions:
-        rows[completion.prompt_index]["answers"].append(completion.text)
-    return rows
+    seed = mix_seed(settings.seed, JUDGE)
+    answered = answer_messages(settings, context, base, prompts, samples=settings.samples, seed=seed, what="sample")
+    return [{"prompt": messages, "answers": answers} for messages, answers in answered]
 
 
 def _grade_samples(
