@@ -85,6 +85,7 @@ READ_ELSEWHERE = {
     "AnnotateSettings.train_on": "annotate stage, with data: sft",
     "AnnotateSettings.bad_records": "annotate stage, with data: sft or preferences",
     "FilesData.media": "data stage, with records that refer to images",
+    "FilesData.bad_records": "data stage, with pairs whose prompts differ: stages/test_bad_records.py",
     "FilesData.seed": "data stage, with a mixture",
     "FilesData.stop": "data stage, with a mixture",
     **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
