@@ -89,7 +89,7 @@ METHODS: Mapping[str, Method] = {
         {"minibatches": 1, "epochs_per_rollout": 2, "value_clip": None, **CRITIC,
          "kl_target": KL_TARGET, "kl_horizon": 160.0},
     ),
-    "rloo": Method("rloo", "rl/rloo"),
+    "rloo": Method("rloo", "rl/rloo", SAMPLES, {"kl_beta": 0.05}),
     "reinforce_pp": Method("reinforce_pp", "rl/reinforce_pp", 1, ONE),
     "reinforce_pp_baseline": Method("reinforce_pp", "rl/reinforce_pp_baseline", SAMPLES, ONE),
     "remax": Method("remax", "rl/remax", 1),
