@@ -258,7 +258,7 @@ def test_there_is_a_recipe_for_each_kind() -> None:
     found = {load_settings(SFTSettings, find_recipe(f"adapters/{name}")).adapter for name in SHIPPED}
     assert {adapter.kind for adapter in found if adapter is not None} == set(ADAPTER_KNOBS) - {"continue"}
     text = (recipe_folder().parent / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert all(f"| `{name}` |" in text for name in SHIPPED)
+    assert all(f"| `polm sft --recipe adapters/{name}` |" in text for name in SHIPPED)
 
 
 # ---- the free reference ----------------------------------------------------------------------------------------------
