@@ -147,13 +147,16 @@ def get_differences(rows: Sequence[Mapping[str, Any]], arm: str, control: str, p
 
 
 def build_claims(rows: Sequence[Mapping[str, Any]], where: str = "") -> list[dict[str, Any]]:
-    """Every arm against NTP; ReMiT and our own against the other arms of the first cycle. `where` names a study."""
+    """Every arm against NTP; ReMiT and our own against the other arms of the first cycle, and each cycle against the one
+    before it. `where` names a study."""
     ntp = Arm(0, "ntp").label
     labels = list(dict.fromkeys(label for row in rows for label in row["scores"]))
     pairs = [(label, ntp) for label in labels if label != ntp]
     firsts = [label for label in labels if label.endswith("cycle 1")]
     for mine in (Arm(1, "remit").label, Arm(1, "plausible").label):
         pairs += [(mine, other) for other in firsts if other != mine]
+    for mine in ("remit", "plausible"):
+        pairs += [(Arm(cycle, mine).label, Arm(cycle - 1, mine).label) for cycle in (2, 3)]
     claims = []
     for arm, control in pairs:
         for point in ("base", "sft", "dpo", "rl"):
