@@ -87,6 +87,7 @@ READ_ELSEWHERE = {
     "FilesData.media": "data stage, with records that refer to images",
     "FilesData.bad_records": "data stage, with pairs whose prompts differ: stages/test_bad_records.py",
     "FilesData.seed": "data stage, with a mixture",
+    "JudgeStage.bad_records": "judge stage, with pairs as they were given: stages/test_judge.py",
     "FilesData.stop": "data stage, with a mixture",
     **{f"{kind}Settings.epochs": "stages of RL, without updates" for kind in ROLLOUT_SETTINGS},
     **{

@@ -151,7 +151,7 @@ class Microscope:
 @dataclass(frozen=True)
 class RolloutSample:
     """One sampled answer of RL with its verdict; `reward` where it is not the verdict's 0 or 1; `note` says why there
-    is none.
+    is none. `judged` is false for an answer that has no reward though its status does not say so.
 
     `advantage` is None for the online preference methods, which have none. Where their answers meet those of another
     model, `own` is 1 for the policy's and 0 for the other side's.
@@ -163,6 +163,7 @@ class RolloutSample:
     reward: float | None = None
     note: str = ""
     own: float | None = None
+    judged: bool = True
 
 
 @dataclass(frozen=True)

@@ -123,13 +123,14 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of problems.jsonl: an answer that could not be judged, and why."""
+    """One line of problems.jsonl: an answer that could not be judged, and why; without prompt and text what
+    failed beside single answers. `update` is RL's."""
 
-    update: int
     status: str
     prompt: str
     text: str
     note: str = ""
+    update: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,16 +157,22 @@ _ROW: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 def load_made(folder: Path, stage: str) -> Made:
     """What a finished stage left in its folder; files that it does not have are no mistake."""
     if stage in ("pairs", "rejection") and (folder / "answers.jsonl").is_file():
-        return Made(answers=load_answers(folder))
+        return Made(answers=load_answers(folder), problems=load_problems(folder))
     if stage in ("reward_model", "process_reward_model") and (folder / "holdout.json").is_file():
         return Made(holdout=read_json(_HOLDOUT, folder / "holdout.json"))
     if stage == "judge" and (folder / "verdicts.jsonl").is_file():
         return Made(verdicts=read_first_lines(_VERDICT, folder / "verdicts.jsonl", MAX_READ))
     if stage == "constitution" and (folder / "transcript.jsonl").is_file():
         return Made(transcripts=read_first_lines(_TRANSCRIPT, folder / "transcript.jsonl", MAX_READ))
-    if stage in ROLLOUT_STAGES and (folder / "problems.jsonl").is_file():
-        return Made(problems=read_first_lines(_PROBLEM, folder / "problems.jsonl", MAX_READ))
+    if stage in ROLLOUT_STAGES:
+        return Made(problems=load_problems(folder))
     return NOTHING_MADE
+
+
+def load_problems(folder: Path) -> tuple[Problem, ...]:
+    """The first lines of problems.jsonl; none where nothing failed."""
+    file = folder / "problems.jsonl"
+    return read_first_lines(_PROBLEM, file, MAX_READ) if file.is_file() else ()
 
 
 def load_answers(folder: Path) -> tuple[AnswerGroup, ...]:

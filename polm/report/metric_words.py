@@ -58,7 +58,11 @@ WORDS = {
     ),
     "rl/right": ("share of answers", "Answers that the verifier calls right, where the reward is more than that."),
     "rl/greedy_reward": ("reward", "Mean reward of the greedy answers, which is the baseline of the others."),
-    "rl/unparsed": ("share of answers", "Answers in which no result was found. They count as wrong."),
+    "rl/unparsed": (
+        "share of answers",
+        "Answers in which a verifier found no result (reward 0), or for which a reward function returned None (left "
+        "out).",
+    ),
     "rl/unjudged": ("share of answers", "Answers that the verifier or the judge gave up on. They should be none."),
     "rl/length": ("tokens", "The average length of a sampled answer."),
     "rl/cut_off": ("share of answers", "Answers that hit the length limit. Many of them mean that the limit is low."),

@@ -22,21 +22,22 @@ MAX_PROBLEM_TEXT = 600
 
 def _build_problem(problem: Problem) -> str:
     note = f": {problem.note}" if problem.note else ""
+    place = f" (update {problem.update})" if problem.update is not None else ""
+    texts = (("prompt", problem.prompt), ("answer", problem.text)) if problem.prompt else ()
     return (
-        f'<article class="item"><p class="verdict wrong">? {esc(problem.status)}{esc(note)} (update {problem.update})'
-        f"</p><h5>prompt</h5>{build_text(problem.prompt, MAX_PROBLEM_TEXT)}"
-        f"<h5>answer</h5>{build_text(problem.text, MAX_PROBLEM_TEXT)}</article>"
+        f'<article class="item"><p class="verdict wrong">? {esc(problem.status)}{esc(note)}{place}</p>'
+        f"{''.join(f'<h5>{name}</h5>{build_text(text, MAX_PROBLEM_TEXT)}' for name, text in texts)}</article>"
     )
 
 
 def _build_unjudged(nodes: Sequence[Node]) -> str:
-    """The first answers that could not be judged, of each stage that noted any."""
+    """The first answers that could not be judged, and calls and votes that failed, of each stage that noted any."""
     parts = []
     for node in nodes:
         problems = node.made.problems
         if problems:
             shown = problems[:MAX_SHOWN]
-            title = f"{compute_arm(node).label}, {node.leaf}: answers that could not be judged (the first {len(shown)})"
+            title = f"{compute_arm(node).label}, {node.leaf}: what could not be judged (the first {len(shown)})"
             parts.append(build_details(title, "".join(map(_build_problem, shown))))
     return "".join(parts)
 

@@ -16,7 +16,7 @@ MAX_GROUP_SAMPLES = 16
 MAX_ROLLOUT_TEXT = 600
 MAX_NOTE = 200
 SIGNS = {"right": "✓", "wrong": "✗", "scored": "·"}
-UNJUDGED = ("timeout", "error", "nonsense")
+UNJUDGED = ("timeout", "error", "nonsense", "inconsistent")
 
 
 def choose_node(run: Run) -> Node | None:
@@ -32,7 +32,7 @@ def choose_node(run: Run) -> Node | None:
 
 def describe_reward(sample: RolloutSample) -> str:
     """ "reward 1", "reward 0.35", or that there is none."""
-    if sample.status in UNJUDGED:
+    if sample.status in UNJUDGED or not sample.judged:
         return "no reward"
     reward = float(sample.status == "right") if sample.reward is None else sample.reward
     return f"reward {reward:.4g}".replace("-", "\u2212")

@@ -14,6 +14,7 @@ from polm.report.compare import compute_rows, format_number, format_percent, sta
 from polm.report.load import Node, Run
 from polm.report.made import ROLLOUT_STAGES, Holdout
 from polm.report.metric_words import describe_metric_words
+from polm.report.sections_rollouts import UNJUDGED
 from polm.report.tables import format_seconds
 
 MINUS = "\u2212"
@@ -92,7 +93,7 @@ def _describe_rl(node: Node) -> list[str]:
     kl = next((name for name in ("rl/kl", "rl/kl_start") if compute_ends(node, name)), None)
     win = _describe_ends(node, "online/win_rate", "Won against the other side's answers:")
     asked = sum(_ledger(node, name) for name in ("samples",)) or 1
-    unjudged = sum(_ledger(node, f"samples_{status}") for status in ("timeout", "error", "nonsense"))
+    unjudged = sum(_ledger(node, f"samples_{status}") for status in UNJUDGED) + _ledger(node, "unparsed_unjudged")
     found = [
         reward or f"{_count(_summary(node).get('updates', 0), 'update')}, too few to say how the reward went.",
         "That is the reward on training prompts, and no test: polm eval says what the model is worth. A reward that "
@@ -100,8 +101,19 @@ def _describe_rl(node: Node) -> list[str]:
         win,
         _describe_ends(node, kl, "Distance from where it started:") if kl else "",
         f"{_count(unjudged, 'answer')} of {asked:,.0f} could not be judged." if unjudged else "",
+        _describe_calls(node),
     ]
     return [sentence for sentence in found if sentence]
+
+
+def _describe_calls(node: Node) -> str:
+    calls = _ledger(node, "calls_error") + _ledger(node, "calls_timeout")
+    return (
+        f"The reward function failed on {_count(calls, 'whole call')}, whose answers were judged one by one: a reward "
+        "that depends on the other answers is then another one."
+        if calls
+        else ""
+    )
 
 
 # ---- reward models -------------------------------------------------------------------------------------------------
@@ -157,6 +169,7 @@ def _describe_pairs(node: Node) -> list[str]:
     return [
         f"{pairs} from {_count(_ledger(node, 'samples'), 'answer')} to {_count(prompts, 'prompt')}.",
         f"{_count(without, 'prompt')} had no better and worse answer." if without else "",
+        _describe_calls(node),
     ]
 
 
@@ -170,6 +183,7 @@ def _describe_rejection(node: Node) -> list[str]:
         f"{_count(summary.get('kept', 0), 'answer')} of {_ledger(node, 'samples'):,.0f} kept, to "
         f"{summary.get('prompts_kept', 0):,} of {_count(_ledger(node, 'prompts'), 'prompt')}.{rewards}",
         "The kept ones were chosen by that very reward, so theirs is high by construction.",
+        _describe_calls(node),
     ]
 
 
@@ -227,7 +241,7 @@ WORDS: dict[str, Callable[[Node], list[str]]] = {
     "reward_model": _describe_reward_model,
     "process_reward_model": _describe_reward_model,
     "pairs": lambda node: [sentence for sentence in _describe_pairs(node) if sentence],
-    "rejection": _describe_rejection,
+    "rejection": lambda node: [sentence for sentence in _describe_rejection(node) if sentence],
     "judge": _describe_judge,
     "constitution": _describe_constitution,
     **dict.fromkeys(ROLLOUT_STAGES, _describe_rl),

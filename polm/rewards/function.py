@@ -16,19 +16,22 @@ from functools import partial
 from pathlib import Path
 
 from polm.errors import UserError
-from polm.rewards.base import Reward, Rewarder, RewardItem
+from polm.rewards.base import Reward, Rewarder, RewardItem, Tally
 from polm.rewards.child import Child, ChildEndedError
 
 MODULE = "polm.rewards.function_worker"
 
 
-def build_function_rewarder(place: str, *, seconds: float, batch_seconds: float) -> Rewarder:
+def build_function_rewarder(
+    place: str, *, seconds: float, batch_seconds: float, tally: Tally | None = None
+) -> Rewarder:
     """The rewarder of `place`, FILE.py:NAME; the child is started here, so that mistakes show before training.
 
     seconds        limit for one answer, when it is judged on its own
     batch_seconds  limit for a whole call; a call that fails, or takes longer, is repeated one answer at a time
+    tally          takes up those calls: `calls_error` and `calls_timeout`, each with its reason
 
-    Statuses: `scored`; `unparsed` (value 0) where the function returns None; `error` where it raises, or returns what
+    Statuses: `scored`; `unparsed` (no value) where the function returns None; `error` where it raises, or returns what
     is no finite number or not one number an answer; `timeout`. Raises UserError for a file or function that is not
     there.
     """
@@ -38,10 +41,14 @@ def build_function_rewarder(place: str, *, seconds: float, batch_seconds: float)
         raise UserError(f"reward_function={place}: there is no file {path}; expected FILE.py:NAME")
     child = Child(MODULE, f"the reward function {place}", "Correct the file.", (str(path.resolve()), name))
     child.start()
-    return partial(judge, child, seconds=seconds, batch_seconds=batch_seconds)
+    return partial(
+        judge, child, seconds=seconds, batch_seconds=batch_seconds, tally=Tally() if tally is None else tally
+    )
 
 
-def judge(child: Child, items: Sequence[RewardItem], *, seconds: float, batch_seconds: float) -> list[Reward]:
+def judge(
+    child: Child, items: Sequence[RewardItem], *, seconds: float, batch_seconds: float, tally: Tally
+) -> list[Reward]:
     """The rewards of `items` by the child's function; one bad answer does not touch the others."""
     if not items:
         return []
@@ -50,6 +57,9 @@ def judge(child: Child, items: Sequence[RewardItem], *, seconds: float, batch_se
         return whole
     if len(items) == 1 and batch_seconds <= seconds:
         return [whole]
+    tally.add(f"calls_{whole.status}")
+    words = f"a call for {len(items)} answers failed, and each was judged on its own: {whole.note}"
+    tally.problems.append((whole.status, words))
     out = []
     for item in items:
         alone = _ask(child, [item], seconds)
@@ -83,5 +93,5 @@ def _ask(child: Child, items: Sequence[RewardItem], seconds: float) -> list[Rewa
 
 def _read_reward(value: float | str | None) -> Reward:
     if value is None:
-        return Reward(0.0, "unparsed", "the reward function returned None")
+        return Reward(None, "unparsed", "the reward function returned None")
     return Reward(None, "error", value) if isinstance(value, str) else Reward(value, "scored")

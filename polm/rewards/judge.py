@@ -11,15 +11,16 @@ and on direct RLAIF, whose rewards are normalised to [-1, 1]: `grade_range: sign
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from polm.recipe_judge import JudgeSettings
 from polm.rewards.backends import Backend, Reply, Request
-from polm.rewards.base import Reward, Rewarder, RewardItem, RewardStatus
+from polm.rewards.base import Reward, Rewarder, RewardItem, Tally
 from polm.rewards.judge_prompts import build_question, read_grade, read_preference
-from polm.rewards.rank import PairItem, Ranker, Ranking
+from polm.rewards.rank import REWARD_STATUSES, PairItem, Ranker, Ranking
 
 VerdictStatus = Literal["read", "unparsed", "timeout", "error"]
 MAX_NOTE = 200
@@ -31,7 +32,7 @@ Read = Callable[[Reply], tuple[float | None, float]]
 class Verdict:
     """What the votes on one question say on average: a preference for the first answer, or a grade. `mass` is the
     probability that all verdicts together have (1 for a written one): near 0, the judge meant to say something else.
-    `said` is the text of the first vote."""
+    `said` is the text of the first vote, `note` says which votes could not be read."""
 
     value: float | None
     status: VerdictStatus
@@ -42,10 +43,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """A backend with the questions that it is asked."""
+    """A backend with the questions that it is asked. With several votes on each, `tally` counts them: `votes`, and of
+    these `votes_unparsed`, `votes_timeout` and `votes_error`, which are in no mean."""
 
     settings: JudgeSettings
     backend: Backend
+    tally: Tally = field(default_factory=Tally, compare=False)
 
     def rank(self, items: Sequence[PairItem]) -> list[Ranking]:
         """Each pair in both orders."""
@@ -89,9 +92,20 @@ class Judge:
             for question in questions
             for vote in range(s.votes)
         ]
-        replies = self.backend.ask(requests)
-        parts = [replies[i : i + s.votes] for i in range(0, len(replies), s.votes)]
-        return [average_votes([_read_reply(reply, read) for reply in part]) for part in parts]
+        votes = [_read_reply(reply, read) for reply in self.backend.ask(requests)]
+        if s.votes > 1:
+            self._count_votes(votes)
+        return [average_votes(votes[i : i + s.votes]) for i in range(0, len(votes), s.votes)]
+
+    def _count_votes(self, votes: Sequence[Verdict]) -> None:
+        self.tally.add("votes", len(votes))
+        lost: dict[str, list[str]] = {}
+        for vote in votes:
+            if vote.value is None:
+                lost.setdefault(vote.status, []).append(vote.note)
+        for status, notes in sorted(lost.items()):
+            self.tally.add(f"votes_{status}", len(notes))
+            self.tally.problems.append((status, f"{len(notes)} of {len(votes)} votes, the first: {notes[0]}"))
 
     def _read_score(self, reply: Reply) -> tuple[float | None, float]:
         if reply.logprobs:
@@ -131,7 +145,10 @@ def average_votes(votes: Sequence[Verdict]) -> Verdict:
     if not values:
         return votes[0]
     mean, mass = (sum(part) / len(values) for part in zip(*values, strict=True))
-    return Verdict(mean, "read", mass=mass, said=votes[0].said)
+    lost = Counter(vote.status for vote in votes if vote.value is None)
+    words = ", ".join(f"{number} {status}" for status, number in sorted(lost.items()))
+    note = f"of {len(votes)} votes {words}" if lost else ""
+    return Verdict(mean, "read", note, mass, votes[0].said)
 
 
 def combine_orders(shown: Verdict, swapped: Verdict, orders: Literal["mean", "agree"]) -> Ranking:
@@ -151,7 +168,8 @@ def combine_orders(shown: Verdict, swapped: Verdict, orders: Literal["mean", "ag
     if orders == "agree" and not same:
         return Ranking(None, "inconsistent", f"{a_first:.3f} shown first, {a_second:.3f} shown second", first, said)
     mass = (shown.mass + swapped.mass) / 2
-    return Ranking((a_first + a_second) / 2, "ranked", first=first, said=said, mass=mass)
+    note = "; ".join(filter(None, (shown.note, swapped.note)))
+    return Ranking((a_first + a_second) / 2, "ranked", note, first, said, mass)
 
 
 def scale_grade(grade: float, scale: tuple[int, int], grade_range: Literal["unit", "signed", "raw"]) -> float:
@@ -167,20 +185,21 @@ def build_ranker(settings: JudgeSettings, backend: Backend) -> Ranker:
     return Judge(settings, backend).rank
 
 
-def build_judge_rewarder(settings: JudgeSettings, backend: Backend) -> Rewarder:
-    """A rewarder whose values are grades. An answer without one has no value: the judge failed, not the answer."""
-    judge = Judge(settings, backend)
+def build_judge_rewarder(settings: JudgeSettings, backend: Backend, tally: Tally | None = None) -> Rewarder:
+    """A rewarder whose values are grades. An answer without one has no value: the judge failed, not the answer. `tally`
+    takes up its votes."""
+    judge = Judge(settings, backend, Tally() if tally is None else tally)
 
     def reward(items: Sequence[RewardItem]) -> list[Reward]:
         out = []
         for verdict in judge.grade(items):
             if verdict.value is not None:
                 value = scale_grade(verdict.value, settings.scale, settings.grade_range)
-                out.append(Reward(value, "scored", f"{verdict.value:.3g} of {settings.scale[1]}"))
+                words = f"{verdict.value:.3g} of {settings.scale[1]}"
+                out.append(Reward(value, "scored", f"{words} ({verdict.note})" if verdict.note else words))
             else:
                 assert verdict.status != "read"
-                status: RewardStatus = "nonsense" if verdict.status == "unparsed" else verdict.status
-                out.append(Reward(None, status, verdict.note))
+                out.append(Reward(None, REWARD_STATUSES[verdict.status], verdict.note))
         return out
 
     return reward

@@ -13,11 +13,19 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from polm.rewards.base import Reward, Rewarder, RewardItem
+from polm.rewards.base import Reward, Rewarder, RewardItem, RewardStatus
 from polm.tokens import Array
 
 RankStatus = Literal["ranked", "inconsistent", "unparsed", "timeout", "error"]
-FAILURES: Mapping[str, RankStatus] = {"timeout": "timeout", "error": "error", "nonsense": "unparsed"}
+# A missing reward as a missing ranking; and a missing ranking, or verdict, as a missing reward.
+FAILURES: Mapping[RewardStatus, RankStatus] = {
+    **{"timeout": "timeout", "error": "error", "inconsistent": "inconsistent"},
+    **{"nonsense": "unparsed", "unparsed": "unparsed"},
+}
+REWARD_STATUSES: Mapping[RankStatus, RewardStatus] = {
+    **{"timeout": "timeout", "error": "error", "inconsistent": "inconsistent"},
+    "unparsed": "nonsense",
+}
 NO_TOKENS: Array = np.zeros(0, dtype=np.int64)
 
 
@@ -116,9 +124,7 @@ def reward_by_rank(ranker: Ranker, size: int) -> Rewarder:
         rewards: dict[int, Reward] = {}
         for i, ranking in zip(places, rankings, strict=True):
             if ranking.preference is None:
-                failed = Reward(
-                    None, "timeout" if ranking.status == "timeout" else "error", ranking.note or ranking.status
-                )
+                failed = Reward(None, REWARD_STATUSES[ranking.status], ranking.note or ranking.status)
                 rewards[i] = rewards[i + half] = failed
             else:
                 rewards[i] = Reward(ranking.preference, "scored", ranking.note)

@@ -1,6 +1,6 @@
 """Which of a prompt's sampled answers are kept, and which are set against each other: pure functions over rewards.
 
-An answer that could not be judged (`timeout`, `error`) is never chosen, for either side.
+An answer that could not be judged (it has no value) is never chosen, for either side.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from polm.rewards.base import UNJUDGED, Reward
-
-NOT_RIGHT = ("wrong", "unparsed")
+from polm.rewards.base import Reward
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,10 @@ def drop_unfit(answers: Iterable[Answer], min_reward: float | None, dropped: Cou
     seen: set[tuple[int, str]] = set()
     fit = []
     for answer in answers:
-        if answer.reward.status in UNJUDGED:
+        if not answer.reward.is_judged:
             reason = "unjudged"
-        elif answer.reward.status in NOT_RIGHT:
-            reason = "wrong"
+        elif answer.reward.status in ("wrong", "unparsed"):
+            reason = answer.reward.status
         elif answer.is_cut:  # to train on it would teach that an answer ends there
             reason = "cut_off"
         elif not answer.text.strip():
@@ -99,7 +97,7 @@ def drop_unpairable(answers: Iterable[Answer], dropped: Counter[str]) -> list[An
     seen: set[str] = set()
     fit = []
     for answer in answers:
-        if answer.reward.status in UNJUDGED:
+        if not answer.reward.is_judged:
             dropped["unjudged"] += 1
         elif not answer.text.strip() and answer.reward.status != "right":
             dropped["empty"] += 1

@@ -10,31 +10,33 @@ from types import MappingProxyType
 from polm.data.benchmarks import parse_plain_number
 from polm.errors import UserError
 from polm.recipe_rewards import RewardSettings
-from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem, RewardStatus
+from polm.rewards.base import Reward, Rewarder, RewardItem, RewardStatus, Tally
 from polm.rewards.function import build_function_rewarder
 from polm.rewards.verify import Verdict, VerifyItem, verify_many
 
 NO_SOURCES: Mapping[str, Rewarder] = MappingProxyType({})
 
 
-def build_rewarder(settings: RewardSettings, built: Mapping[str, Rewarder] = NO_SOURCES) -> Rewarder:
+def build_rewarder(
+    settings: RewardSettings, built: Mapping[str, Rewarder] = NO_SOURCES, tally: Tally | None = None
+) -> Rewarder:
     """What judges the answers of a stage. `built` holds the sources that are models (by their name in `reward`), which
-    a stage loads from its inputs.
+    a stage loads from its inputs. `tally` takes up what fails and belongs to no single answer.
 
     With one source its rewards are taken as they are. With several see `combine`.
     """
-    sources = {str(name): built.get(name) or _build_source(name, settings) for name in settings.reward}
+    sources = {str(name): built.get(name) or _build_source(name, settings, tally) for name in settings.reward}
     if len(sources) == 1 and not settings.reward_weights:
         return next(iter(sources.values()))
     return partial(combine, sources, {str(name): weight for name, weight in settings.reward_weights.items()})
 
 
-def _build_source(name: str, settings: RewardSettings) -> Rewarder:
+def _build_source(name: str, settings: RewardSettings, tally: Tally | None) -> Rewarder:
     if name == "verifier":
         return partial(judge_by_verifier, seconds=settings.time_limit, partial_reward=settings.partial_reward)
     assert settings.reward_function is not None
     return build_function_rewarder(
-        settings.reward_function, seconds=settings.time_limit, batch_seconds=settings.batch_limit
+        settings.reward_function, seconds=settings.time_limit, batch_seconds=settings.batch_limit, tally=tally
     )
 
 
@@ -76,7 +78,7 @@ def combine(sources: Mapping[str, Rewarder], weights: Mapping[str, float], items
 def _add(parts: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
     values = {name: part.value for name, part in parts.items() if part.value is not None}
     note = "; ".join(f"{name}: {part.note}" for name, part in parts.items() if part.note)
-    unjudged = next((part for part in parts.values() if part.status in UNJUDGED), None)
+    unjudged = next((part for part in parts.values() if not part.is_judged), None)
     if unjudged is not None:
         return replace(unjudged, note=note, parts=values)
     total = sum(weights.get(name, 1.0) * value for name, value in values.items())

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polm.data.packing import epoch_order, mix_seed
-from polm.data.readers import Message, Prompt, read_prompts, write_jsonl
+from polm.data.readers import Message, Prompt, read_prompts, write_json, write_jsonl
 from polm.recipe import AnswerSettings
 from polm.recipe_judge import ConstitutionStage, JudgeStage
-from polm.rewards.base import Reward, Rewarder
+from polm.rewards.base import Reward, Rewarder, Tally
 from polm.rewards.selection import Answer
 from polm.rollout.answers import sample_answers
 from polm.stages.common import Base, Context, input_file
-from polm.stages.rollouts import judge_completions, load_rewarder, require_room
+from polm.stages.rollouts import describe_problem, judge_completions, load_rewarder, require_room
 from polm.text.chat import render_prompt
 
 PART_ANSWERS = 2048  # answers drawn and judged at a time; a killed stage draws only the part anew that it was in
@@ -34,12 +35,14 @@ def choose_prompts(settings: AnswerSettings, context: Context, seed: int) -> lis
 
 def draw_answers(
     settings: AnswerSettings, context: Context, base: Base, prompts: Sequence[Prompt], seed: int
-) -> list[Answer]:
-    """`samples` judged answers of `base` to each prompt, in order; a function of the seed, if the rewarder is one.
+) -> tuple[list[Answer], Tally]:
+    """`samples` judged answers of `base` to each prompt, in order; a function of the seed, if the rewarder is one. And
+    what failed beside single answers.
 
     They are drawn in parts, each kept in the folder `answers` until `finish_answers`: a killed stage goes on there.
     """
-    rewarder = load_rewarder(settings, context, base)
+    tally, total = Tally(), Tally()
+    rewarder = load_rewarder(settings, context, base, tally)
     encoded = [render_prompt(base.tokenizer, [{"role": "user", "content": p.prompt}]) for p in prompts]
     require_room(encoded, base.max_positions)
     size = max(1, PART_ANSWERS // settings.samples)
@@ -50,9 +53,11 @@ def draw_answers(
         if not file.is_file():
             report = _Progress(context, len(answers), len(prompts) * settings.samples)
             rows = _draw_part(settings, base, rewarder, prompts[part], encoded[part], mix_seed(seed, first), report)
+            _write_tally(file, tally.take())  # before the rows: they say that the part is done
             write_jsonl(file, rows)
         answers += _read_part(file, first)
-    return answers
+        total.merge(_read_tally(file))
+    return answers, total
 
 
 class _Progress:
@@ -105,10 +110,32 @@ def _read_part(file: Path, first: int) -> Iterator[Answer]:
             yield Answer(number, row["text"], row["cut_off"], reward)
 
 
-def finish_answers(context: Context) -> None:
-    """All parts as one file, answers.jsonl; called when what is made of them has been written."""
+def _write_tally(file: Path, tally: Tally) -> None:
+    """Beside a part; no file where nothing failed."""
+    beside = file.with_suffix(".json")
+    if tally.counts or tally.problems:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(beside, {"counts": dict(tally.counts), "problems": tally.problems})
+    else:
+        beside.unlink(missing_ok=True)  # of a part that was killed
+
+
+def _read_tally(file: Path) -> Tally:
+    beside = file.with_suffix(".json")
+    if not beside.is_file():
+        return Tally()
+    found = json.loads(beside.read_text(encoding="utf-8"))
+    return Tally(Counter(found["counts"]), [(status, note) for status, note in found["problems"]])
+
+
+def finish_answers(context: Context, tally: Tally) -> None:
+    """All parts as one file, answers.jsonl, and what failed beside single answers, problems.jsonl; called when what is
+    made of them has been written."""
     parts = sorted(_folder(context).glob("*.jsonl"))
     write_jsonl(context.workdir / "answers.jsonl", _read_rows(parts))
+    if tally.problems:
+        rows = (describe_problem(status, note) for status, note in tally.problems)
+        write_jsonl(context.workdir / "problems.jsonl", rows)
     shutil.rmtree(_folder(context))
 
 

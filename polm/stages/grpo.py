@@ -21,8 +21,8 @@ from polm.tokens import Array
 def compute_advantages(
     completions: Sequence[Completion], rewards: Sequence[Judged], num_groups: int, scale: str
 ) -> Array:
-    """Group-relative advantages [R]. A time-out or an error is no evidence: it is left out of its group's mean and
-    gets advantage 0; an answer that cannot be parsed earns no reward, as a wrong one."""
+    """Group-relative advantages [R]. An answer without a reward is no evidence: it is left out of its group's mean and
+    gets advantage 0; one that a verifier cannot parse has the reward 0, as a wrong one."""
     values_R, judged_R = collect_rewards(rewards)
     judged = judged_R.numpy()
     groups = np.array([c.prompt_index for c in completions])
@@ -66,6 +66,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference", *REWARD_INPUTS),
-    version=2,
+    version=3,
     summary="reinforcement learning with verifiable rewards",
 )

@@ -6,11 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from polm.data.examples import drop_bad_record
 from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import (
     Message,
@@ -63,7 +65,10 @@ def run(settings: JudgeStage, context: Context) -> StageResult:
     judge = _open_judge(settings, context, None)
     if is_feedback(file):
         return _relabel_answers(settings, context, judge, file, ledger)
-    pairs = _draw(read_preferences(file), settings)
+    records = read_preferences(file, partial(drop_bad_record, settings.bad_records, ledger))
+    if settings.bad_records == "drop":
+        ledger["read"] += len(records)
+    pairs = _draw(records, settings)
     items = _give_principles([PairItem(p.prompt, p.chosen, p.rejected) for p in pairs], settings, context)
     return _rank_pairs(settings, context, judge, items, ledger, are_labelled=True)
 
@@ -146,7 +151,7 @@ def _grade_samples(
     flat = [(messages, text) for messages, texts in distinct for text in texts]
     verdicts = _grade(judge, flat)
     grades = iter([unit_grade(verdict, settings.judging, ledger) for verdict in verdicts])
-    _require_answers(settings, ledger, len(flat), next((v.note for v in verdicts if v.status in FAILED), ""))
+    _require_answers(settings, judge, ledger, len(flat), verdicts)
     pairs, feedback = [], []
     for index, (messages, texts) in enumerate(distinct):
         mine = {text: grade for text, grade in ((text, next(grades)) for text in texts) if grade is not None}
@@ -185,11 +190,11 @@ def _rank_pairs(
     different = [item for item in items if item.answer_a != item.answer_b]
     ledger["pairs"], ledger["equal"] = len(items), len(items) - len(different)
     if settings.by == "scores":
-        rankings = rank_by_reward(build_judge_rewarder(judge.settings, judge.backend))(different)
+        rankings = rank_by_reward(build_judge_rewarder(judge.settings, judge.backend, judge.tally))(different)
     else:
         rankings = judge.rank(different)
     rows = keep_preferred(different, rankings, settings.margin, ledger)
-    _require_answers(settings, ledger, len(different), next((r.note for r in rankings if r.status in FAILED), ""))
+    _require_answers(settings, judge, ledger, len(different), rankings)
     write_jsonl(context.workdir / "verdicts.jsonl", map(_pair_row, different, rankings))
     _require_some(rows, ledger, "the judge preferred no answer")
     write_jsonl(context.workdir / "preferences.jsonl", rows)
@@ -212,7 +217,7 @@ def _relabel_answers(
     verdicts = _grade(judge, flat)
     ledger["answers"] = len(records)
     grades = [unit_grade(verdict, settings.judging, ledger) for verdict in verdicts]
-    _require_answers(settings, ledger, len(records), next((v.note for v in verdicts if v.status in FAILED), ""))
+    _require_answers(settings, judge, ledger, len(records), verdicts)
     rows, agree = [], 0
     for record, grade in zip(records, grades, strict=True):
         if grade is not None:
@@ -229,14 +234,24 @@ def _grade(judge: Judge, flat: Sequence[tuple[list[Message], str]]) -> list[Verd
     return judge.grade([RewardItem(messages, text, NO_TOKENS, NO_TOKENS) for messages, text in flat])
 
 
-def _require_answers(settings: JudgeStage, ledger: Counter[str], asked: int, note: str) -> None:
-    """Too many questions without a reply: the labels would be those of the questions that went through."""
-    failed = sum(ledger[status] for status in FAILED)
-    if asked and failed > settings.max_failed * asked:
-        raise UserError(
-            f"judge: {failed} of {asked} questions have no reply ({note}); max_failed is {settings.max_failed:g}. Cure "
-            "that and run the same command again: replies that came are kept"
-        )
+def _require_answers(
+    settings: JudgeStage, judge: Judge, ledger: Counter[str], asked: int, found: Sequence[Verdict | Ranking]
+) -> None:
+    """Enter the votes. Too many questions, or votes, without a reply are an error: the labels would be those of the
+    ones that went through."""
+    tally = judge.tally.take()
+    ledger.update(tally.counts)
+    told: tuple[tuple[str, int, int, Sequence[tuple[str, str]]], ...] = (
+        ("questions", asked, sum(ledger[status] for status in FAILED), [(f.status, f.note) for f in found]),
+        ("votes", ledger["votes"], sum(ledger[f"votes_{status}"] for status in FAILED), tally.problems),
+    )
+    for what, total, failed, notes in told:
+        if total and failed > settings.max_failed * total:
+            note = next((note for status, note in notes if status in FAILED), "")
+            raise UserError(
+                f"judge: {failed} of {total} {what} have no reply ({note}); max_failed is {settings.max_failed:g}. "
+                "Cure that and run the same command again: replies that came are kept"
+            )
 
 
 def _require_some(rows: Sequence[Any], ledger: Counter[str], problem: str) -> None:
@@ -306,5 +321,6 @@ STAGE = Stage(
     run,
     inputs=("data",),
     optional_inputs=("judge", "base", "constitution"),
+    version=2,
     summary="an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
 )

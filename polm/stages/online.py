@@ -21,7 +21,7 @@ from polm.objectives.online import build_nash_md, build_xpo
 from polm.objectives.preference import Knobs, build_preference
 from polm.objectives.sampler_gap import log_sampler_gap
 from polm.recipe_online import OnlineSettings
-from polm.rewards.base import Rewarder
+from polm.rewards.base import Rewarder, Tally
 from polm.rewards.rank import compute_preference, reward_by_rank
 from polm.rollout.generate import Completion, Mixture
 from polm.stages.common import (
@@ -43,6 +43,7 @@ from polm.stages.rollouts import (
     Rollout,
     Sampler,
     build_sampler,
+    describe_counts,
     judge_completions,
     load_judge,
     summarise,
@@ -81,7 +82,7 @@ class OnlineSource:
         settings = self.sampler.settings
         rollout, num_own = self._roll(update, model)
         matches, counts = find_matches(rollout, num_own, settings)
-        metrics = measure(rollout, num_own, matches, counts)
+        metrics = measure(rollout, num_own, matches, counts) | describe_counts(rollout.tally)
         own_R = np.array([c.sample_index < num_own for c in rollout.completions], dtype=np.float32)
         self.sampler.log(rollout, {} if settings.method == "dpo" else {"own": own_R})
         build = build_answer_trees if settings.method == "nash_md" else build_pair_trees
@@ -110,7 +111,7 @@ class OnlineSource:
                 others = draw(model, seed=seeds[1], mixture=mixture)
             completions = merge_completions(own, others, num_own)
         rewards = judge_completions(sampler.rewarder, prompts, encoded, completions)
-        return Rollout(update, prompts, encoded, completions, rewards), num_own
+        return Rollout(update, prompts, encoded, completions, rewards, sampler.tally.take()), num_own
 
 
 def merge_completions(own: Sequence[Completion], others: Sequence[Completion], num_own: int) -> list[Completion]:
@@ -254,11 +255,11 @@ def build_objective(settings: OnlineSettings) -> Objective:
     return log_sampler_gap(objective)
 
 
-def load_comparer(settings: OnlineSettings, context: Context) -> Rewarder | None:
+def load_comparer(settings: OnlineSettings, context: Context, tally: Tally) -> Rewarder | None:
     """The judge that compares answers two by two, where the settings say so: the answers that meet later."""
     if settings.compare == "rewards":
         return None
-    judge = load_judge(settings, context)
+    judge = load_judge(settings, context, tally)
     assert judge is not None
     return reward_by_rank(judge.rank, settings.samples)
 
@@ -277,8 +278,8 @@ def run(settings: OnlineSettings, context: Context) -> StageResult:
     """Train `base` on prompts.jsonl. The reference is `base` as it is given, or the input `reference`."""
     start_stage(settings, context)
     base = load_learner(context, settings)
-    ledger = new_ledger()
-    sampler = build_sampler(settings, context, base, ledger, 1, load_comparer(settings, context))
+    ledger, tally = new_ledger(), Tally()
+    sampler = build_sampler(settings, context, base, ledger, 1, load_comparer(settings, context, tally), tally)
     source = OnlineSource(sampler, load_reference(settings, context, base))
     temperature = score_temperature(settings)
     return train(context, base, source, build_objective(settings), settings, ledger, temperature=temperature)
@@ -291,5 +292,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference", *REWARD_INPUTS),
+    version=2,
     summary="online preference optimisation (online DPO, XPO, Nash-MD)",
 )

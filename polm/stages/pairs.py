@@ -34,7 +34,7 @@ def run(settings: PairsSettings, context: Context) -> StageResult:
     # Seeds of its own: GRPO walks the same file, and should not begin with the prompts that DPO has just seen.
     seed = mix_seed(settings.seed, PAIRS)
     prompts = choose_prompts(settings, context, seed)
-    answers = draw_answers(settings, context, base, prompts, seed)
+    answers, tally = draw_answers(settings, context, base, prompts, seed)
     statuses: Counter[str] = Counter(a.reward.status for a in answers)
     dropped: Counter[str] = Counter()
     pairs = build_pairs(settings, answers, dropped)
@@ -45,13 +45,14 @@ def run(settings: PairsSettings, context: Context) -> StageResult:
         )
     rows = [build_row(prompts[number], pair) for number, mine in pairs.items() for pair in mine]
     write_jsonl(context.workdir / "preferences.jsonl", rows)
-    finish_answers(context)
+    finish_answers(context, tally)
     summary = {"pairs": len(rows), "sampled_accuracy": statuses["right"] / len(answers)}
     ledger = {
         "prompts": len(prompts),
         "prompts_without": len(prompts) - len(pairs),
         "samples": len(answers),
         **statuses,
+        **tally.counts,
         **{f"dropped_{reason}": count for reason, count in sorted(dropped.items())},
     }
     return StageResult(summary, ledger)
@@ -96,6 +97,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=REWARD_INPUTS,
-    version=2,
+    version=3,
     summary="preference pairs from a model's own samples",
 )

@@ -160,5 +160,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference", *REWARD_INPUTS, "critic"),
+    version=2,
     summary="reinforcement learning by PPO, with a critic",
 )

@@ -54,5 +54,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference", *REWARD_INPUTS),
+    version=2,
     summary="reinforcement learning by REINFORCE++",
 )

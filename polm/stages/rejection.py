@@ -8,7 +8,6 @@ from polm.data.packing import mix_seed
 from polm.data.readers import Prompt, write_jsonl
 from polm.errors import DataError
 from polm.recipe_online import RejectionSettings
-from polm.rewards.base import UNJUDGED
 from polm.rewards.selection import Answer, choose_best, choose_top_share, drop_unfit
 from polm.stages.answers import choose_prompts, draw_answers, finish_answers
 from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
@@ -23,17 +22,19 @@ def run(settings: RejectionSettings, context: Context) -> StageResult:
     base = load_base(context.inputs["base"])
     seed = mix_seed(settings.seed, REJECTION)
     prompts = choose_prompts(settings, context, seed)
-    answers = draw_answers(settings, context, base, prompts, seed)
+    answers, tally = draw_answers(settings, context, base, prompts, seed)
+    statuses: Counter[str] = Counter(a.reward.status for a in answers)
     dropped: Counter[str] = Counter()
     kept = choose(settings, answers, dropped)
     if not kept:
         raise DataError(
             f"no answer is kept: of {len(answers)} samples to {len(prompts)} prompts all were dropped "
-            f"({dict(dropped)}); raise samples, num_prompts, temperature or max_new_tokens, or lower min_reward"
+            f"({dict(dropped)}; {dict(statuses)}); raise samples, num_prompts, temperature or max_new_tokens, or lower "
+            "min_reward"
         )
     write_jsonl(context.workdir / "sft.jsonl", (build_chat(prompts[a.prompt], a) for a in kept))
-    finish_answers(context)
-    values = [a.value for a in answers if a.reward.status not in UNJUDGED]
+    finish_answers(context, tally)
+    values = [a.value for a in answers if a.reward.is_judged]
     num_with = len({a.prompt for a in kept})
     summary = {
         "kept": len(kept),
@@ -45,6 +46,8 @@ def run(settings: RejectionSettings, context: Context) -> StageResult:
         "prompts": len(prompts),
         "prompts_without": len(prompts) - num_with,
         "samples": len(answers),
+        **statuses,
+        **tally.counts,
         "kept": len(kept),
         **{f"dropped_{reason}": count for reason, count in sorted(dropped.items())},
     }
@@ -57,7 +60,7 @@ def choose(settings: RejectionSettings, answers: list[Answer], dropped: Counter[
     if settings.keep == "best":
         kept = choose_best(fit, settings.per_prompt or 1)
     else:
-        num_judged = sum(a.reward.status not in UNJUDGED for a in answers)
+        num_judged = sum(a.reward.is_judged for a in answers)
         kept = choose_top_share(fit, settings.share or 1.0, num_judged)
     if len(fit) > len(kept):
         dropped["not_best"] += len(fit) - len(kept)
@@ -81,5 +84,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=REWARD_INPUTS,
+    version=2,
     summary="a model's own best answers as SFT data (rejection sampling, RAFT)",
 )

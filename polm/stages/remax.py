@@ -60,5 +60,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference", *REWARD_INPUTS),
+    version=2,
     summary="reinforcement learning with the greedy answer as the baseline",
 )

@@ -53,5 +53,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("reference", *REWARD_INPUTS),
+    version=2,
     summary="reinforcement learning with a leave-one-out baseline",
 )

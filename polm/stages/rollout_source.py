@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from polm.stages.common import (
     start_stage,
     train,
 )
-from polm.stages.rollouts import Rollout, Sampler, build_rollout_trees, build_sampler, summarise
+from polm.stages.rollouts import Rollout, Sampler, build_rollout_trees, build_sampler, describe_counts, summarise
 from polm.tokens import Array, Objective, Step, TokenBatch, Tree, collate, tree_length
 
 
@@ -122,9 +121,14 @@ class RolloutSource:
             self._metrics["rl/kl_start"] = self._measure_kl(trees[: self.sampler.settings.kl_groups], self.start)
         parts = np.array_split(np.arange(len(trees)), self.minibatches)
         packed = [self._pack([trees[i] for i in part], model) for part in parts]
-        greedy = partial(self.sampler.roll, number, model, greedy=True)
-        credit = self.assign(rollout, collect_tokens(packed), greedy)
-        self._metrics |= credit.metrics
+
+        def decode() -> Rollout:
+            greedy = self.sampler.roll(number, model, greedy=True)
+            rollout.tally.merge(greedy.tally)
+            return greedy
+
+        credit = self.assign(rollout, collect_tokens(packed), decode)
+        self._metrics |= {**credit.metrics, **describe_counts(rollout.tally)}
         self._minibatches = spread_streams(packed, credit.streams_N)
         self.sampler.log(rollout, {"advantage": credit.advantages_R})
 

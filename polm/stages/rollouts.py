@@ -29,7 +29,7 @@ from polm.engine.fit import MetricsLog
 from polm.errors import DataError, RecipeError
 from polm.recipe import AnswerSettings, SamplingSettings
 from polm.recipe_judge import BESIDE
-from polm.rewards.base import UNJUDGED, Reward, Rewarder, RewardItem
+from polm.rewards.base import Reward, Rewarder, RewardItem, Tally
 from polm.rewards.judge import Judge, build_judge_rewarder
 from polm.rewards.open_backend import open_backend
 from polm.rewards.reward_model import load_process_reward_model, load_reward_model
@@ -60,7 +60,7 @@ class Rollout:
     """The samples of a rollout with what they earned, in the order of (prompt, sample).
 
     `prompts` and `encoded` are the rollout's own; `completions[i].prompt_index` points into them. `update` is the first
-    update that learns from it.
+    update that learns from it. `tally` is what failed beside single answers.
     """
 
     update: int
@@ -68,6 +68,7 @@ class Rollout:
     encoded: Sequence[Array]
     completions: Sequence[Completion]
     rewards: Sequence[Reward]
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def groups_R(self) -> Array:
@@ -92,6 +93,7 @@ class Sampler(Generic[SettingsT]):
     updates_per_rollout: int
     workdir: Path
     resumed: int  # the update from which a killed run goes on
+    tally: Tally = field(default_factory=Tally)  # which the rewarder fills
     _logs: dict[str, MetricsLog] = field(default_factory=dict)
 
     def roll(self, rollout: int, model: PreTrainedModel, *, greedy: bool = False) -> Rollout:
@@ -102,7 +104,8 @@ class Sampler(Generic[SettingsT]):
         seed = mix_seed(self.settings.seed, rollout)
         completions = self.draw(encoded, model, seed=seed, num_samples=num, temperature=temperature)
         rewards = judge_completions(self.rewarder, prompts, encoded, completions)
-        return Rollout(rollout * self.updates_per_rollout, prompts, encoded, completions, rewards)
+        update = rollout * self.updates_per_rollout
+        return Rollout(update, prompts, encoded, completions, rewards, self.tally.take())
 
     def choose(self, rollout: int) -> list[int]:
         """Indices of the rollout's prompts: a fresh order each time through them all."""
@@ -139,7 +142,8 @@ class Sampler(Generic[SettingsT]):
 
     def log(self, rollout: Rollout, more: Mapping[str, Array]) -> None:
         """Whole groups into samples.jsonl, for people to read: some of the first and of the last rollout, one of each
-        between them; `more` are numbers of each completion. Answers that were not judged go into problems.jsonl."""
+        between them; `more` are numbers of each completion. Into problems.jsonl go answers that were not judged, and
+        what failed beside them."""
         is_edge = rollout.update == 0 or rollout.update + self.updates_per_rollout >= self.num_updates
         for number in range(min(EDGE_GROUPS if is_edge else 1, len(rollout.prompts))):
             prompt = rollout.prompts[number]
@@ -150,12 +154,14 @@ class Sampler(Generic[SettingsT]):
             ]
             row = {"update": rollout.update + 1, "prompt": prompt.prompt, "answer": prompt.answer, "samples": answers}
             self._open("samples.jsonl").write(row)
-        problems = [i for i, reward in enumerate(rollout.rewards) if reward.status in UNJUDGED]
+        for status, note in rollout.tally.problems[:NOTED_PROBLEMS]:
+            self._open("problems.jsonl").write({"update": rollout.update + 1, **describe_problem(status, note)})
+        problems = [i for i, reward in enumerate(rollout.rewards) if not reward.is_judged]
         for i in problems[:NOTED_PROBLEMS]:
             reward, completion = rollout.rewards[i], rollout.completions[i]
-            row = {"update": rollout.update + 1, "status": reward.status, "note": reward.note}
-            row |= {"prompt": rollout.prompts[completion.prompt_index].prompt, "text": completion.text}
-            self._open("problems.jsonl").write(row)
+            prompt = rollout.prompts[completion.prompt_index]
+            problem = describe_problem(reward.status, reward.note, prompt.prompt, completion.text)
+            self._open("problems.jsonl").write({"update": rollout.update + 1, **problem})
 
     def open_logs(self) -> None:
         """Take out what a killed run wrote past its checkpoint; called once, before training."""
@@ -176,8 +182,10 @@ def build_sampler(
     ledger: Ledger,
     updates_per_rollout: int,
     rewarder: Rewarder | None = None,
+    tally: Tally | None = None,
 ) -> Sampler[SettingsT]:
-    """The sampler over prompts.jsonl of the input `data`, judged by `rewarder`, else as the settings say.
+    """The sampler over prompts.jsonl of the input `data`, judged by `rewarder` (which fills `tally`), else as the
+    settings say.
 
     Answers and verifiers are asked of the prompts where the verifier is a source of the reward.
     """
@@ -187,24 +195,26 @@ def build_sampler(
     per_epoch = max(1, len(prompts) // settings.prompts_per_rollout) * updates_per_rollout
     num_updates = settings.updates or max(1, round((settings.epochs or 1.0) * per_epoch))
     require_room(encoded, base.max_positions)
+    tally = Tally() if tally is None else tally
     sampler = Sampler(
         base=base,
         prompts=prompts,
         encoded=encoded,
         settings=settings,
-        rewarder=rewarder or load_rewarder(settings, context, base),
+        rewarder=rewarder or load_rewarder(settings, context, base, tally),
         num_updates=num_updates,
         updates_per_rollout=updates_per_rollout,
         workdir=context.workdir,
         resumed=resume_point(context),
+        tally=tally,
     )
     sampler.open_logs()
     return sampler
 
 
-def load_rewarder(settings: SamplingSettings | AnswerSettings, context: Context, base: Base) -> Rewarder:
+def load_rewarder(settings: SamplingSettings | AnswerSettings, context: Context, base: Base, tally: Tally) -> Rewarder:
     """What judges the answers. `reward: model` reads the input `reward_model`, a reward model or one of steps;
-    `reward: judge` reads the input `judge`, or asks a server.
+    `reward: judge` reads the input `judge`, or asks a server. `tally` takes up what fails beside single answers.
 
     RecipeError where the setting and the input do not go together.
     """
@@ -223,13 +233,13 @@ def load_rewarder(settings: SamplingSettings | AnswerSettings, context: Context,
         built["model"] = (
             load_process_reward_model(name, **more) if is_of_steps else load_reward_model(name, base.tokenizer, **more)
         )
-    judge = load_judge(settings, context)
+    judge = load_judge(settings, context, tally)
     if judge is not None:
-        built["judge"] = build_judge_rewarder(judge.settings, judge.backend)
-    return build_rewarder(settings, built)
+        built["judge"] = build_judge_rewarder(judge.settings, judge.backend, tally)
+    return build_rewarder(settings, built, tally)
 
 
-def load_judge(settings: SamplingSettings | AnswerSettings, context: Context) -> Judge | None:
+def load_judge(settings: SamplingSettings | AnswerSettings, context: Context, tally: Tally) -> Judge | None:
     """The judge that the settings name. A server's replies are kept beside the artifact: a killed run goes on to the
     same bits, and asks nothing twice. A local judge says the same again."""
     source = context.inputs.get("judge")
@@ -244,7 +254,7 @@ def load_judge(settings: SamplingSettings | AnswerSettings, context: Context) ->
         precision=settings.precision,
         replies=context.workdir.parent / BESIDE if settings.judging.endpoint is not None else None,
     )
-    return Judge(settings.judging, backend)
+    return Judge(settings.judging, backend, tally)
 
 
 def judge_completions(
@@ -273,7 +283,19 @@ def describe_sample(completion: Completion, reward: Reward, more: Mapping[str, A
         row["reward"] = round(reward.value, 4)
     if reward.note:
         row["note"] = reward.note
+    if reward.status == "unparsed" and not reward.is_judged:
+        row["judged"] = False  # a verifier's is judged: it has the reward 0
     return row | {name: round(float(value), 4) for name, value in more.items()}
+
+
+def describe_problem(status: str, note: str, prompt: str = "", text: str = "") -> dict[str, str]:
+    """A row of problems.jsonl; without a prompt and a text where it belongs to no single answer."""
+    return {"status": status, "note": note, "prompt": prompt, "text": text}
+
+
+def describe_counts(tally: Tally) -> dict[str, float]:
+    """What failed beside single answers, as counts among a rollout's metrics."""
+    return {f"count/{word}": number for word, number in tally.counts.items()}
 
 
 def summarise(completions: Sequence[Completion], rewards: Sequence[Judged]) -> dict[str, float]:
@@ -282,6 +304,7 @@ def summarise(completions: Sequence[Completion], rewards: Sequence[Judged]) -> d
     num = len(completions)
     statuses = Counter(r.status for r in rewards)
     values = [r.value for r in rewards if r.value is not None]
+    unparsed = sum(r.status == "unparsed" and r.value is None for r in rewards)  # a function returned None
     lengths = [len(c.tokens) for c in completions]
     groups: dict[int, set[float]] = {}
     for completion, reward in zip(completions, rewards, strict=True):
@@ -292,12 +315,13 @@ def summarise(completions: Sequence[Completion], rewards: Sequence[Judged]) -> d
         **({} if is_verdict else {"rl/right": statuses["right"] / num}),
         **_summarise_parts(rewards),
         "rl/unparsed": statuses["unparsed"] / num,
-        "rl/unjudged": sum(statuses[status] for status in UNJUDGED) / num,
+        "rl/unjudged": (num - len(values)) / num,
         "rl/length": float(np.mean(lengths)),
         "rl/cut_off": sum(c.finish == "length" for c in completions) / num,
         "rl/equal_groups": sum(len(found) <= 1 for found in groups.values()) / len(groups),
         "count/samples": num,
         **{f"count/samples_{status}": number for status, number in statuses.items()},
+        **({"count/unparsed_unjudged": unparsed} if unparsed else {}),
     }
 
 

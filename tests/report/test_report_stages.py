@@ -15,12 +15,14 @@ from polm.config import validate
 from polm.data.readers import write_jsonl
 from polm.errors import StoreError
 from polm.recipe import ProcessRewardModelSettings
+from polm.recipe_data import DataStage
 from polm.recipe_judge import ConstitutionStage, JudgeStage
 from polm.report.html import SECTIONS, build_report, write_report
 from polm.report.load import Run, load_report
 from polm.report.losses import find_meaning, list_losses
 from polm.report.made import AnswerGroup, DrawnAnswer, assign_roles
 from polm.report.sections_made import section_answers
+from polm.report.sections_rollouts import describe_sample
 from polm.report.stage_words import describe_stage
 from polm.report.tables import build_problems_table
 
@@ -261,6 +263,58 @@ def test_problems_of_rollouts_are_shown(artifact: Any, tmp_path: Path) -> None:
     assert "3 answers of 64 could not be judged." in describe_stage(run)
     assert "timeout: 3 s (update 3)" in page
     assert "while True" in page
+
+
+def test_failed_calls_of_a_function_are_shown(artifact: Any, tmp_path: Path) -> None:
+    """In the headline, under what was left out, and with their reason. No reward is not the reward 0."""
+    (tmp_path / "mine.py").write_text(
+        "def reward(prompts, completions, **columns):\n"
+        "    return [None if len(completions[0]) % 3 == 0 else -1.0 * len(completions[0])]\n"
+    )
+    place = f"{tmp_path / 'mine.py'}:reward"
+    for stage, headline in (("grpo", "2 whole calls"), ("rejection", "1 whole call,")):
+        settings = artifact.spec(stage)[1].model_copy(update={"reward": ("function",), "reward_function": place})
+        artifact.run(stage, settings, artifact.inputs(stage), tmp_path / stage)
+        run, page = report(tmp_path / stage, f"calls-{stage}")
+        assert any(f"failed on {headline}" in sentence for sentence in describe_stage(run))
+        losses = {loss.name: loss for loss in list_losses(run)}
+        assert losses["calls_error"].count == int(headline[0])
+        assert "each answer was judged on its own" in losses["calls_error"].meaning
+        assert "the reward function returned 1 rewards for" in page
+    rollouts, _ = report(tmp_path / "grpo")
+    ledger = {loss.name: loss.count for loss in list_losses(rollouts)}
+    assert ledger["unparsed_unjudged"] == ledger["samples_unparsed"] > 0
+    assert f"{ledger['samples_unparsed']:.0f} answers of 32 could not be judged." in describe_stage(rollouts)
+    groups = rollouts.nodes[0].rollouts
+    shown = [sample for group in groups for sample in group.samples if sample.status == "unparsed"]
+    assert {describe_sample(sample) for sample in shown} == {"unparsed, no reward, advantage 0"}
+
+
+def test_every_count_of_a_loss_has_a_meaning(artifact: Any, tmp_path: Path) -> None:
+    words = {
+        "pairs_prompts_differ": "refuses",
+        "preferences/dropped_prompts_differ": "so left out",
+        "dropped_prompts_differ": "so left out",
+        "sft/columns_ignored/error": "this column",
+        "columns_ignored/messages[].name": "this column",
+        "samples_inconsistent": "different answers",
+        "samples_unparsed": r"a function (None)",
+        "dropped_unparsed": "found no answer",
+        "votes_timeout": "the other votes",
+        "dropped_unmarkable": "mark",
+    }
+    for word, meaning in words.items():
+        assert meaning in find_meaning(word), word
+    assert not any(map(find_meaning, ("votes", "read", "kept", "samples_right", "records/sft.jsonl", "scored")))
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    other = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"chosen": pair, "rejected": other}]
+    write_jsonl(tmp_path / "in" / "preferences.jsonl", rows)
+    settings = validate(DataStage, {"data": {"source": "folder", "path": str(tmp_path / "in")}}, "x")
+    artifact.run("data", settings, {}, tmp_path / "out")
+    run, page = report(tmp_path / "out", "differ")
+    assert {loss.name: loss.count for loss in list_losses(run)} == {"pairs_prompts_differ": 1}
+    assert "answers are to different prompts" in page
 
 
 def test_what_is_no_stage_is_refused(artifact: Any, tmp_path: Path) -> None:

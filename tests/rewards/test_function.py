@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from polm.errors import UserError
-from polm.rewards.base import RewardItem
+from polm.rewards.base import RewardItem, Tally
 from polm.rewards.function import build_function_rewarder
 from polm.rewards.function_worker import describe_value, select_columns
 
@@ -89,7 +89,7 @@ def test_values_that_are_no_numbers(run: Callable[..., Told]) -> None:
     assert run("odd", "nan", "inf", "none", "text", "list", "true", "else") == [
         (None, "error the reward function returned nan"),
         (None, "error the reward function returned -inf"),
-        (0.0, "unparsed the reward function returned None"),
+        (None, "unparsed the reward function returned None"),  # neither right nor wrong
         (None, "error the reward function returned '1.0', expected a number"),
         (None, "error the reward function returned a list, expected a number (TypeError)"),
         (1.0, "scored"),
@@ -110,6 +110,39 @@ def test_one_bad_answer_does_not_touch_the_others(run: Callable[..., Told], name
     begin = time.monotonic()
     assert run(name, "a", "x", "b") == [(1.0, "scored"), (None, told), (1.0, "scored")]
     assert time.monotonic() - begin < 40  # a few starts of a child on a busy machine
+
+
+MEAN = """
+def mean(prompts, completions, **columns):
+    return [sum(map(len, completions)) / len(completions)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "why"),
+    [
+        ("mean", "calls_error", "the reward function returned 1 rewards for 3 completions"),
+        ("raises", "calls_error", "ZeroDivisionError: division by zero"),
+        ("hangs", "calls_timeout", "the reward function took longer than 2 s"),
+        ("dies", "calls_error", "the reward function's process ended (a crash, or out of memory)"),
+        ("later", "", ""),
+    ],
+)
+def test_a_whole_call_that_fails_is_counted(tmp_path: Path, name: str, word: str, why: str) -> None:
+    """Also where every answer can be judged on its own: these rewards are not what the function says of the batch."""
+    (tmp_path / "mine.py").write_text(SOURCE.replace("import helper", "") + MEAN)
+    tally = Tally()
+    place = f"{tmp_path / 'mine.py'}:{name}"
+    rewarder = build_function_rewarder(place, seconds=1.0, batch_seconds=2.0, tally=tally)
+    rewards = rewarder(build_items(["a", "x", "b"]))
+    if name == "mean":
+        assert [reward.value for reward in rewards] == [1.0, 1.0, 1.0]
+    note = f"a call for 3 answers failed, and each was judged on its own: {why}"
+    assert tally.problems == ([(word.removeprefix("calls_"), note)] if word else [])
+    taken = tally.take()
+    assert taken.counts == ({word: 1} if word else {})
+    assert not tally.counts
+    assert not tally.problems
 
 
 def test_the_process_goes_with_the_rewarder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from polm.recipe_judge import EndpointSettings, JudgeSettings
 from polm.rewards.backends import Keep, Reply, Request, keep_nothing
-from polm.rewards.base import Reward, RewardItem
+from polm.rewards.base import Reward, RewardItem, Tally
 from polm.rewards.endpoint import build_endpoint
 from polm.rewards.judge import (
     Judge,
@@ -138,7 +138,40 @@ def test_votes_are_averaged() -> None:
     (found,) = judge.grade([item("x")])
     assert found.value == 2.5
     assert [request.seed for request in judge.backend.asked] == [0, 1, 2]  # type: ignore[attr-defined]
+    assert found.note == "of 3 votes 1 unparsed"
     assert average_votes([verdict(None, "timeout"), verdict(None, "unparsed")]).status == "timeout"
+
+
+def test_lost_votes_are_counted() -> None:
+    """By status, beside the verdicts that the other votes make; also in a rewarder and in both orders of a pair."""
+    replies = {
+        0: Reply("answered", "[[A]] [[B]]"),
+        1: Reply("timeout", note="slow"),
+        2: Reply("answered", "[[4]]"),
+        3: Reply("error", note="status 500"),
+    }
+    judge = written(lambda r: replies[r.seed], votes=4, temperature=1.0)
+    assert [v.value for v in judge.grade([item("x"), item("y")])] == [4.0, 4.0]
+    taken = judge.tally.take()
+    assert taken.counts == {"votes": 8, "votes_unparsed": 2, "votes_timeout": 2, "votes_error": 2}
+    assert taken.problems == [
+        ("error", "2 of 8 votes, the first: status 500"),
+        ("timeout", "2 of 8 votes, the first: slow"),
+        ("unparsed", "2 of 8 votes, the first: no verdict in: [[A]] [[B]]"),
+    ]
+    tally = Tally()
+    (reward,) = build_judge_rewarder(judge.settings, judge.backend, tally)([item("x")])
+    assert (reward.value, reward.note) == (0.75, "4 of 5 (of 4 votes 1 error, 1 timeout, 1 unparsed)")
+    assert tally.counts == {"votes": 4, "votes_unparsed": 1, "votes_timeout": 1, "votes_error": 1}
+    compares = written(
+        lambda r: Reply("answered", "hm") if r.seed else by_number(r), votes=2, temperature=1.0, orders="agree"
+    )
+    (ranking,) = compares.rank([pair("1", "2")])
+    assert (ranking.preference, ranking.note) == (0.0, "of 2 votes 1 unparsed; of 2 votes 1 unparsed")
+    assert compares.tally.counts == {"votes": 4, "votes_unparsed": 2}
+    single = written(lambda _: Reply("answered", "hm"))
+    single.grade([item("x")])
+    assert not single.tally.counts  # the question's own status says it
 
 
 def test_expected_values_by_hand() -> None:
@@ -252,3 +285,20 @@ def test_rewards_from_comparisons() -> None:
     rewards = reward_by_rank(rank_by_reward(judge), 4)(items)
     assert [reward.value for reward in rewards] == [1.0, 0.5, 0.0, 0.5, 0.5, None, 0.5, None]
     assert rewards[5].status == rewards[7].status == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "note"),
+    [
+        (Reply("answered", "who knows"), "nonsense", "no verdict in: who knows"),
+        (Reply("answered", "[[A]]"), "inconsistent", "1.000 shown first, 0.000 shown second"),
+        (Reply("timeout", note="slow"), "timeout", "slow"),
+        (Reply("error", note="status 500"), "error", "status 500"),
+    ],
+)
+def test_a_comparison_that_fails_keeps_its_name(reply: Reply, status: str, note: str) -> None:
+    judge = written(lambda _: reply, orders="agree")
+    rewards = reward_by_rank(judge.rank, 2)([item("1"), item("2")])
+    assert [(r.value, r.status, r.note) for r in rewards] == [(None, status, note)] * 2
+    back = rank_by_reward(lambda items: [Reward(None, status) for _ in items])([pair("1", "2")])  # type: ignore[arg-type]
+    assert back[0].status == ("unparsed" if status == "nonsense" else status)

@@ -39,6 +39,7 @@ def test_every_answer_that_is_not_kept_has_one_reason() -> None:
         answer(0, "a", "right"),  # duplicate
         answer(0, "b", "wrong"),
         answer(0, "c", "unparsed"),
+        Answer(0, "i", False, Reward(None, "unparsed")),  # a function returned None
         answer(0, "d", "timeout"),
         answer(0, "e", "error"),
         answer(0, "f", "right", is_cut=True),
@@ -50,7 +51,10 @@ def test_every_answer_that_is_not_kept_has_one_reason() -> None:
     dropped: Counter[str] = Counter()
     fit = drop_unfit(answers, 0.5, dropped)
     assert [(a.prompt, a.text) for a in fit] == [(0, "a"), (1, "a"), (1, "h")]
-    assert dropped == {"duplicate": 1, "wrong": 2, "unjudged": 2, "cut_off": 1, "empty": 1, "below_min_reward": 1}
+    assert dropped == {
+        **{"duplicate": 1, "wrong": 1, "unparsed": 1, "unjudged": 3, "cut_off": 1, "empty": 1},
+        "below_min_reward": 1,
+    }
     assert len(fit) + dropped.total() == len(answers)
     assert texts(drop_unfit(answers, None, Counter())) == "aagh"
 

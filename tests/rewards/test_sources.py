@@ -54,6 +54,14 @@ def test_a_weighted_sum() -> None:
     assert [(r.value, r.status) for r in found[1:]] == [(4.0, "scored"), (3.0, "scored"), (2.0, "scored")]
 
 
+def test_none_of_a_function_leaves_the_whole_answer_out() -> None:
+    """Also beside a negative reward, of which 0 would be a good one."""
+    nothing = lambda items: [Reward(None, "unparsed", "None") for _ in items]  # noqa: E731
+    minus = lambda items: [Reward(-1.0, "scored") for _ in items]  # noqa: E731
+    found = combine({"function": nothing, "model": minus}, {}, build_items()[:1])
+    assert found == [Reward(None, "unparsed", "function: None", {"model": -1.0})]
+
+
 def test_a_weight_scales_a_single_source() -> None:
     rewards = build_rewarder(RewardSettings(reward_weights={"verifier": 2.0}))(build_items())
     assert [r.value for r in rewards] == [2, 0, 0, 2, 2, 0, 0, 0]

@@ -129,6 +129,72 @@ def test_too_many_failures_are_no_labels(artifact: Any, chat_server: Any, tmp_pa
     assert len(server.bodies) == before + 10
 
 
+def test_lost_votes_are_counted(artifact: Any, chat_server: Any, read_rows: Any, tmp_path: Path) -> None:
+    """One vote of three on each question holds no verdict; too many without a reply stop the stage, though every
+    question has a verdict."""
+    data = write_pairs(tmp_path / "in", [(f"long{i}", "s") for i in range(3)])
+    seen: dict[str, int] = {}
+
+    def reply(body: dict[str, Any], number: int) -> Any:
+        text = body["messages"][0]["content"]
+        seen[text] = seen.get(text, 0) + 1
+        return lost if seen[text] == 1 else prefer_longer(body, number)
+
+    lost: Any = "hm"
+    judging = judged_by(chat_server(reply), votes=3, temperature=0.7)
+    settings = JudgeStage(judging=judging)
+    ledger = artifact.run("judge", settings, {"data": str(data)}, tmp_path / "out")["ledger"]
+    assert ledger == {"pairs": 3, "equal": 0, "preferred": 3, "votes": 18, "votes_unparsed": 6}
+    row = read_rows(tmp_path / "out" / "verdicts.jsonl")[0]
+    assert (row["status"], row["note"]) == ("ranked", "of 3 votes 1 unparsed; of 3 votes 1 unparsed")
+    seen.clear()
+    lost = 400, {}, b"too long"
+    with pytest.raises(
+        UserError, match=r"6 of 18 votes have no reply \(6 of 18 votes, the first: status 400: too long"
+    ):
+        artifact.run("judge", settings, {"data": str(data)}, tmp_path / "other" / "out")
+    more = settings.model_copy(update={"max_failed": 0.5})
+    seen.clear()
+    ledger = artifact.run("judge", more, {"data": str(data)}, tmp_path / "third" / "out")["ledger"]
+    assert ledger == {"pairs": 3, "equal": 0, "preferred": 3, "votes": 18, "votes_error": 6}
+
+
+@pytest.mark.parametrize("votes", [{}, {"votes": 3, "temperature": 0.7}])
+def test_lost_grades_are_counted(votes: dict[str, Any], artifact: Any, chat_server: Any, tmp_path: Path) -> None:
+    """Grades, of given answers and of pairs."""
+    replies = iter(range(100))
+    server = chat_server(lambda body, n: "hm" if votes and next(replies) % 3 == 0 else grade_length(body, n))
+    judging = judged_by(server, **votes)
+    judging["endpoint"]["concurrency"] = 1
+    rows = [{"prompt": "q", "completion": text, "label": True} for text in ("a", "abc", "abcd")]
+    write_jsonl(tmp_path / "in" / "feedback.jsonl", rows)
+    settings = JudgeStage(judging=judging)
+    ledger = artifact.run("judge", settings, {"data": str(tmp_path / "in")}, tmp_path / "out")["ledger"]
+    lost = {"votes": 9, "votes_unparsed": 3} if votes else {}
+    assert ledger == {"answers": 3, "graded": 3, **lost}
+    data = write_pairs(tmp_path / "pairs", [("long", "s")])
+    by_scores = settings.model_copy(update={"by": "scores"})
+    ledger = artifact.run("judge", by_scores, {"data": str(data)}, tmp_path / "other" / "out")["ledger"]
+    lost = {"votes": 6, "votes_unparsed": 2} if votes else {}
+    assert ledger == {"pairs": 1, "equal": 0, "preferred": 1, **lost}
+
+
+def test_pairs_whose_prompts_differ(artifact: Any, chat_server: Any, read_rows: Any, tmp_path: Path) -> None:
+    """Named with file and line, or left out and counted in dpo's words."""
+    talk = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
+    rows = [{"prompt": "q", "chosen": a, "rejected": "s"} for a in ("long", "longer")]
+    rows.insert(1, {"chosen": talk("3 + 3", "6"), "rejected": talk("2 + 2", "5")})  # type: ignore[dict-item]
+    write_jsonl(tmp_path / "in" / "preferences.jsonl", rows)
+    settings, inputs = JudgeStage(judging=judged_by(chat_server(prefer_longer))), {"data": str(tmp_path / "in")}
+    with pytest.raises(DataError, match=r"preferences.jsonl:2: chosen must end in .* set bad_records: drop"):
+        artifact.run("judge", settings, inputs, tmp_path / "refused")
+    dropping = settings.model_copy(update={"bad_records": "drop"})
+    ledger = artifact.run("judge", dropping, inputs, tmp_path / "out")["ledger"]
+    dropped = {"read": 3, "dropped": 1, "dropped_prompts_differ": 1}
+    assert ledger == {**dropped, "pairs": 2, "equal": 0, "preferred": 2}
+    assert len(read_rows(tmp_path / "out" / "preferences.jsonl")) == 2
+
+
 def test_no_preference_at_all_says_why(artifact: Any, chat_server: Any, tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "in", [("long", "s")])
     settings = JudgeStage(judging=judged_by(chat_server(lambda *_: "hm")))

@@ -363,6 +363,31 @@ def tiny_judge(build_tiny: Any, byte_tokenizer: Any, tmp_path_factory: pytest.Te
     return folder
 
 
+def test_what_a_judge_leaves_open_keeps_its_name(
+    artifact: Any, chat_server: Any, read_rows: Any, tmp_path: Path
+) -> None:
+    """Online AI feedback: a reply without a verdict is nonsense and no error, two orders that must agree and do not are
+    inconsistent; neither teaches anything."""
+    replies = {0: "who knows", 1: "[[A]]"}
+
+    def reply(body: dict[str, Any], _: int) -> str:
+        _, a, b = body["messages"][0]["content"].split("|")
+        longer = "[[A]]" if len(a) > len(b) else "[[B]]" if len(a) < len(b) else "[[C]]"
+        return replies.get((len(a) + len(b)) % 3, longer)
+
+    endpoint = {"url": chat_server(reply).url, "model": "m", "retries": 0}
+    judging = {"verdict": "text", "pair_prompt": "{question}|{answer_a}|{answer_b}", "orders": "agree"}
+    changes = {"compare": "judge", "reward": "judge", "samples": 2, "judging": {**judging, "endpoint": endpoint}}
+    settings = OnlineSettings(**{**SMALL, **changes, "updates": 2})
+    ledger = artifact.run("online", settings, artifact.inputs("online"), tmp_path / "out")["ledger"]
+    counts = {name: ledger[f"samples_{name}"] for name in ("scored", "nonsense", "inconsistent")}
+    assert sum(counts.values()) == ledger["samples"]
+    assert min(counts.values()) > 0
+    assert ledger["online_unjudged"] == (counts["nonsense"] + counts["inconsistent"]) / 2
+    problems = read_rows(tmp_path / "out" / "problems.jsonl")
+    assert {row["status"] for row in problems} == {"nonsense", "inconsistent"}
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 

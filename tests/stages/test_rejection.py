@@ -21,8 +21,9 @@ from polm.rewards.verify import Verdict, verify_many
 from polm.stages import answers, rejection
 from polm.stages.common import Context
 from polm.stages.rejection import choose
+from polm.stages.table import STAGES
 
-REASONS = ("unjudged", "wrong", "cut_off", "empty", "duplicate", "below_min_reward", "not_best")
+REASONS = ("unjudged", "wrong", "unparsed", "cut_off", "empty", "duplicate", "below_min_reward", "not_best")
 
 
 def check_ledger(ledger: dict[str, int]) -> None:
@@ -50,7 +51,8 @@ def test_the_best_answers_become_data(artifact: Any, read_manifest: Any, read_ro
     assert (ledger["prompts"], ledger["samples"]) == (16, 64)
     assert ledger["kept"] == summary["kept"] == len(chats) == 16 - ledger["prompts_without"]
     statuses = Counter(a["status"] for group in groups.values() for a in group)
-    assert ledger["dropped_wrong"] == statuses["wrong"]
+    assert ledger["dropped_wrong"] == ledger["wrong"] == statuses["wrong"]
+    assert {name: ledger[name] for name in statuses} == statuses
     assert summary["sampled_reward"] == statuses["right"] / 64
     assert summary["kept_reward"] == 1.0
 
@@ -135,6 +137,60 @@ def test_a_killed_stage_goes_on(artifact: Any, tmp_path: Path, monkeypatch: pyte
     assert read_files(tmp_path / "parts") == read_files(tmp_path / "whole")
     assert done[-1] == (64, 64)
     assert min(done)[0] > 32  # progress goes on from the parts that were there
+
+
+def test_what_was_not_judged_is_counted_by_status(
+    artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer found, a time-out and an error are told apart, and none of them is called wrong."""
+    names = ("right", "wrong", "unparsed", "timeout", "error")
+
+    def judge(items: Any, *, seconds: float) -> list[Verdict]:
+        del seconds
+        return [Verdict(names[i % 5], "") for i in range(len(items))]  # type: ignore[arg-type]
+
+    artifact("sft")
+    monkeypatch.setitem(artifact.run.__globals__, "judge_by_length", judge)
+    settings, inputs = artifact.spec("rejection")[1], artifact.inputs("rejection")
+    ledger = artifact.run("rejection", settings, inputs, tmp_path / "out")["ledger"]
+    check_ledger(ledger)
+    counts = {"right": 13, "wrong": 13, "unparsed": 13, "timeout": 13, "error": 12}
+    assert {name: ledger[name] for name in names} == counts
+    assert (ledger["dropped_wrong"], ledger["dropped_unparsed"], ledger["dropped_unjudged"]) == (13, 13, 25)
+
+
+MEAN = """
+def reward(prompts, completions, **columns):
+    return [sum(map(len, completions)) / len(completions)]
+"""
+
+
+@pytest.mark.parametrize("stage", ["rejection", "pairs"])
+def test_whole_calls_that_fail_are_named_and_counted(
+    stage: str, artifact: Any, tmp_path: Path, read_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is a call; those of the parts that a killed stage left are counted too."""
+    monkeypatch.setattr(answers, "PART_ANSWERS", 16)
+    (tmp_path / "mine.py").write_text(MEAN)
+    changes = {"reward": ("function",), "reward_function": f"{tmp_path / 'mine.py'}:reward", "num_prompts": 16}
+    settings = artifact.spec(stage)[1].model_copy(update=changes)
+    quiet = {"inputs": artifact.inputs(stage), "say": lambda _: None}
+    sample, calls = answers.sample_answers, iter(range(10))
+
+    def draw(*given: Any, **more: Any) -> Any:
+        if next(calls) == 2:
+            raise InterruptedError
+        return sample(*given, **more)
+
+    monkeypatch.setattr(answers, "sample_answers", draw)
+    with pytest.raises(InterruptedError):
+        STAGES[stage].run(settings, Context(tmp_path / "out", **quiet))
+    ledger = STAGES[stage].run(settings, Context(tmp_path / "out", **quiet)).ledger
+    assert ledger["calls_error"] == 4
+    assert ledger["scored"] == ledger["samples"] == 64
+    problems = read_rows(tmp_path / "out" / "problems.jsonl")
+    assert [row["status"] for row in problems] == ["error"] * 4
+    assert "the reward function returned 1 rewards for 16 completions" in problems[0]["note"]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (recipe_folder() / "rejection").glob("*.yaml")))

@@ -17,6 +17,7 @@ from polm.rewards.base import Reward
 from polm.rewards.reward_model import load_reward_model
 from polm.rollout.generate import Completion
 from polm.stages import rollouts
+from polm.stages.grpo import compute_advantages
 from polm.stages.rollout_source import collect_tokens, spread_streams
 from polm.stages.rollouts import build_rollout_trees, describe_sample, judge_completions, summarise
 from polm.stages.table import STAGES
@@ -62,17 +63,52 @@ def test_a_function_as_the_reward(artifact: Any, function_settings: Any, tmp_pat
         assert line["update"] == row["update"]
         for sample in row["samples"]:
             length = len(sample["text"])
-            if length % 5 == 0:
-                assert sample["status"] == "unparsed"
+            if length % 5 == 0:  # neither right nor wrong: no reward, no advantage
+                assert (sample["status"], sample["judged"]) == ("unparsed", False)
+                assert sample["note"] == "the reward function returned None"
+                assert sample["advantage"] == 0.0
+                assert "reward" not in sample
             elif length % 7 == 0:
                 assert (sample["status"], sample["note"]) == ("error", "the reward function returned nan")
                 assert sample["advantage"] == 0.0
                 assert "reward" not in sample
             else:
                 assert sample["reward"] == pytest.approx(levels[row["prompt"]] + 0.01 * length)
-    problems = read_rows(tmp_path / "out" / "problems.jsonl") if ledger.get("samples_error") else []
-    assert len(problems) == ledger.get("samples_error", 0)
+    unjudged = ledger.get("samples_error", 0) + ledger["samples_unparsed"]
+    assert unjudged == sum(16 * line["rl/unjudged"] for line in lines)
+    assert ledger["unparsed_unjudged"] == ledger["samples_unparsed"] > 0
+    assert len(read_rows(tmp_path / "out" / "problems.jsonl")) == unjudged
     assert ledger["samples_scored"] > 0
+    assert not any(name.startswith("calls") for name in ledger)
+
+
+MEAN = """
+def reward(prompts, completions, **columns):
+    return [sum(map(len, completions)) / len(completions)]
+"""
+
+
+@pytest.mark.parametrize(("stage", "calls"), [("grpo", 1), ("remax", 2)])
+def test_whole_calls_that_fail_are_named_and_counted(
+    stage: str, calls: int, artifact: Any, function_settings: Any, tmp_path: Path, read_rows: Any
+) -> None:
+    """A function that returns one number for all answers: each answer alone has a reward, and nobody would know. ReMax
+    has its greedy answers judged too."""
+    settings, inputs = function_settings(0.01)
+    (tmp_path / "mine.py").write_text(MEAN)
+    if stage == "remax":
+        changes = {"updates": 2, "reward": ("function",), "reward_function": settings.reward_function}
+        settings = artifact.spec("remax")[1].model_copy(update=changes)
+    ledger = artifact.run(stage, settings, inputs, tmp_path / "out")["ledger"]
+    assert ledger["samples_scored"] == ledger["samples"] == 32
+    assert ledger["calls_error"] == 2 * calls
+    problems = read_rows(tmp_path / "out" / "problems.jsonl")
+    assert [row["update"] for row in problems] == [1] * calls + [2] * calls
+    assert problems[0] == {
+        **{"update": 1, "status": "error", "prompt": "", "text": ""},
+        "note": "a call for 16 answers failed, and each was judged on its own: the reward function returned 1 rewards "
+        "for 16 completions",
+    }
 
 
 MISBEHAVES = """
@@ -104,7 +140,10 @@ def test_a_function_that_hangs_raises_or_miscounts(
     statuses = {name: number for name, number in ledger.items() if name.startswith("samples_")}
     assert set(statuses) == {"samples_scored", "samples_timeout", "samples_error"}
     assert sum(statuses.values()) == ledger["samples"] == 16
-    notes = {row["note"] for row in read_rows(tmp_path / "out" / "problems.jsonl")}
+    (call, *problems) = read_rows(tmp_path / "out" / "problems.jsonl")
+    assert call["note"].startswith("a call for 16 answers failed, and each was judged on its own: ")
+    assert ledger[f"calls_{call['status']}"] == 1
+    notes = {row["note"] for row in problems}
     assert notes <= {
         "the reward function took longer than 0.5 s",
         "RuntimeError: no reward",
@@ -208,6 +247,18 @@ def test_a_rollout_with_scores_in_numbers() -> None:
     assert (found["reward/a"], found["reward/b"]) == (-0.25, 2.0)
     assert found["rl/equal_groups"] == 0.5  # group 0 has a single judged sample
     assert found["count/samples_timeout"] == 1
+    assert "count/unparsed_unjudged" not in found
+
+
+def test_none_of_a_function_is_no_reward() -> None:
+    """Among negative rewards 0 would be the best one."""
+    rewards = [Reward(-1.0, "scored"), Reward(None, "unparsed", "None"), *(Reward(-2.0, "scored") for _ in range(3))]
+    found = summarise(SAMPLES, rewards)
+    assert found["rl/reward"] == -7 / 4
+    assert (found["rl/unparsed"], found["rl/unjudged"], found["count/unparsed_unjudged"]) == (1 / 5, 1 / 5, 1)
+    assert compute_advantages(SAMPLES, rewards, 2, "none").tolist() == [0.0, 0.0, 0.0, 0.0, 0.0]
+    shown = describe_sample(SAMPLES[1], rewards[1], {})
+    assert shown == {"text": "x", "status": "unparsed", "note": "None", "judged": False}
 
 
 def test_tokens_of_a_rollout_there_and_back() -> None:
