@@ -33,10 +33,22 @@ class PromptsDifferError(BadRecordError):
     reason = "prompts_differ"
 
 
+class MediaError(BadRecordError):
+    """A record that refers to images, video or sound, which a text model cannot be trained on."""
+
+    reason = "media"
+
+
 class EmptyAnswerError(BadRecordError):
     """An answer of which the chat template leaves no token."""
 
     reason = "empty"
+
+
+class EmptyStepError(BadRecordError):
+    """An answer in steps of which one has no text."""
+
+    reason = "empty_step"
 
 
 class ModelError(UserError):

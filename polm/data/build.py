@@ -33,7 +33,7 @@ from polm.data.records import (
     build_row,
     list_texts,
 )
-from polm.errors import BadRecordError, DataError
+from polm.errors import BadRecordError, DataError, MediaError
 from polm.recipe_data import FilesData, FileSource, MixedSource
 
 # Role -> (file of a data set folder, what its records are).
@@ -160,9 +160,9 @@ def _clean(
     found.append({"path": source.path, "format": detection.format.name})
     counted = _count_rows(rows, role, ledger)
     for record in build_records(detection.format, counted, ledger, partial(_drop_bad, settings, role, ledger)):
-        if isinstance(record, Conversation) and record.media:
+        if not isinstance(record, Document) and record.media:
             if settings.media == "error":
-                raise DataError(
+                raise MediaError(
                     f"data.{role}: record {ledger['read']} of {source.path} refers to {record.media[0]}, which a text "
                     "model cannot see; set data.media=drop to leave such records out (they are counted)"
                 )
@@ -193,7 +193,7 @@ def _count_rows(rows: Iterator[tuple[str, Row]], role: str, ledger: Counter[str]
     for place, row in rows:
         ledger["read"] += 1
         yield place, row
-        if role == "prompts" and "verifier" not in row:
+        if role == "prompts" and row.get("verifier") is None:
             ledger["verifier_chosen"] += 1
 
 

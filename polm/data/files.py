@@ -30,6 +30,12 @@ BLOCK = 1 << 16  # characters that are read at once from a JSON list
 MAX_CELL = 1 << 30  # characters of a CSV cell
 
 
+class Cell(str):
+    """A cell of a CSV. It is text, in which a list has to be written as JSON."""
+
+    __slots__ = ()
+
+
 def iterate_source(source: str) -> Iterator[tuple[str, Row]]:
     """Yields (place, row) of a file, a folder of files or a `hub:` id; a place is "file:line"."""
     if source.startswith(HUB_PREFIX):
@@ -54,7 +60,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields (line, row) of a data file.
 
     For `.json` lists and Parquet the line is the position from 1. A document of a `.txt` file becomes
-    {"text": document}, with the line where it begins. The cells of a CSV row are strings.
+    {"text": document}, with the line where it begins. The cells of a CSV row are strings (`Cell`).
     """
     readers = {
         ".jsonl": read_jsonl,
@@ -89,7 +95,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 def name_type(value: object) -> str:
     """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
-    return "null" if value is None else names.get(type(value), "a number" if isinstance(value, float) else "a value")
+    kind = str if isinstance(value, str) else type(value)
+    return "null" if value is None else names.get(kind, "a number" if isinstance(value, float) else "a value")
 
 
 def join_names(names: Iterable[object]) -> str:
@@ -317,7 +324,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
                     "a comma, a quote or a line break inside a cell needs double quotes around the cell"
                 )
             num_rows += 1
-            yield begin, dict(zip(header, cells, strict=True))
+            yield begin, dict(zip(header, map(Cell, cells), strict=True))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
     if num_rows == 0:

@@ -5,13 +5,14 @@ A format is told by the names of its columns and, where those are shared, by the
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from polm.data.files import iterate_source, join_names, name_type
-from polm.data.messages import FIELDS, WEIGHT_FIELDS
+from polm.data.messages import FIELDS, MESSAGE_COLUMNS, WEIGHT_FIELDS, prepare_row
 from polm.data.normalise import (
     build_alpaca,
     build_chat,
@@ -35,7 +36,7 @@ from polm.data.records import (
 )
 from polm.errors import BadRecordError, DataError
 
-MESSAGE_COLUMNS = frozenset(["messages", "conversations", "prompt", "completion", "chosen", "rejected"])
+ASKING = ("system", "tools", "messages", "conversations")  # beside the prompt of a question they would change it
 NUM_PROBED = 64  # rows that the format is told from
 Rows = Iterator[tuple[str, Row]]
 OnBad = Callable[[BadRecordError], None]  # counts a bad record, or raises
@@ -87,7 +88,7 @@ _ALL = (
         Conversation,
         build_alpaca,
         "instruction output",
-        f"input history system weight {MEDIA}",
+        f"input history system tools weight {MEDIA}",
         '{"instruction": "...", "input": "...", "output": "..."}',
     ),
     _format(
@@ -112,7 +113,7 @@ _ALL = (
         Preference,
         build_preference,
         "chosen rejected",
-        "margin",
+        f"system margin tools {MEDIA}",
         '{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "\\n\\nHuman: ...\\n\\nAssistant: ..."}',
     ),
     _format(
@@ -136,7 +137,7 @@ _ALL = (
         Prompt,
         build_prompt,
         "prompt answer",
-        "verifier task solution numbers",
+        f"verifier task solution numbers {MEDIA}",
         '{"prompt": "...", "answer": "...", "verifier": "math"}',
     ),
 )
@@ -163,7 +164,8 @@ class Detection:
 
 def detect_row(row: Row) -> str | None:
     """The name of the format that a row has, or None. Formats that need more columns come before those they hold."""
-    names = {name for name, value in row.items() if value is not None}
+    row = prepare_row(row)
+    names = set(row)
     if {"chosen", "rejected"} <= names:
         alone = names.isdisjoint(("prompt", "conversations", "messages", "instruction"))
         texts = isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
@@ -227,7 +229,8 @@ def build_records(format: Format, rows: Rows, ledger: Counter[str], on_bad: OnBa
     """Rows as canonical records; what the format does not read is counted as `columns_ignored/NAME`.
 
     A field of messages is NAME = "messages[].field", once a row. A pair whose prompts differ is handed to `on_bad` and
-    left out; without one it is an error.
+    left out; without one it is an error. Of a question, columns that the format does not read are carried along for
+    reward functions; those that would change the question, or that JSON cannot hold, are left out and counted.
     """
     fields = FIELDS | WEIGHT_FIELDS if format.kind is Conversation else FIELDS
     for place, row in rows:
@@ -238,14 +241,30 @@ def build_records(format: Format, rows: Rows, ledger: Counter[str], on_bad: OnBa
                 raise
             on_bad(error)
             continue
+        row = prepare_row(row)
+        ignored = row.keys() - format.columns
+        if isinstance(record, Prompt):
+            carried = {name: value for name, value in record.columns.items() if _is_carried(name, value)}
+            record = replace(record, columns=carried)
+            ignored -= carried.keys()
         yield record
-        ignored = {name for name, value in row.items() if value is not None} - format.columns
         ledger.update(f"columns_ignored/{name}" for name in ignored)
-        for name in MESSAGE_COLUMNS & row.keys() & format.columns:
+        for name in format.columns.intersection(MESSAGE_COLUMNS, row):
             messages = row[name] if isinstance(row[name], list) else ()
             pairs = [pair for message in messages if isinstance(message, dict) for pair in message.items()]
             found = {field for field, value in pairs if value is not None}
             ledger.update(f"columns_ignored/{name}[].{field}" for field in found - fields)
+
+
+def _is_carried(name: str, value: object) -> bool:
+    """Whether a column of a question goes on: it is no other question, and JSON can hold its value (no NaN)."""
+    if name in ASKING:
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _seen(name: str) -> tuple[str, ...]:

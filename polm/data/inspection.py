@@ -34,12 +34,17 @@ from polm.data.records import (
     Stepwise,
     list_texts,
 )
+from polm.data.steps import encode_separator, encode_steps
 from polm.errors import DataError, UserError
+from polm.recipe import ProcessRewardModelSettings
 from polm.text.chat import render_prompt
 from polm.tokens import Array
 
 MAX_REASONS = 3
 NUM_BINS = 10
+# What stands behind each step: as stages/process_reward_model.py has it, or where the tokenizer has no token for that.
+SEPARATOR: str = ProcessRewardModelSettings.model_fields["separator"].default
+OTHER_SEPARATOR = ";"
 REPLACEMENT = "\ufffd"  # what half of a character decodes to
 
 
@@ -147,7 +152,7 @@ def encode_record(tokenizer: PreTrainedTokenizerFast, record: Record) -> list[Pa
         case Feedback():
             return [_encode_reply(tokenizer, record.prompt, record.completion, f"label {record.label}".lower())]
         case Stepwise():
-            return [_encode_reply(tokenizer, record.prompt, "\n".join(record.completions), "steps")]
+            return _encode_stepwise(tokenizer, record)
         case Prompt():
             chat = [{"role": "user", "content": record.prompt}]
             template = tokenizer.chat_template is not None
@@ -179,6 +184,23 @@ def compute_histogram(lengths: array[int]) -> list[tuple[int, int, int]]:
     width = max(1, -(-(high - low + 1) // NUM_BINS))
     counts = np.bincount((values - low) // width)
     return [(low + i * width, low + (i + 1) * width - 1, int(count)) for i, count in enumerate(counts)]
+
+
+def _encode_stepwise(tokenizer: PreTrainedTokenizerFast, record: Stepwise) -> list[Part]:
+    """The prompt and the steps, each judged at the last token of the separator behind it."""
+    try:
+        separator = encode_separator(tokenizer, SEPARATOR)
+    except UserError:  # as the stage does, which names the cure: another separator
+        separator = encode_separator(tokenizer, OTHER_SEPARATOR)
+    prompt = render_prompt(tokenizer, record.prompt)
+    ids, ends = encode_steps(tokenizer, record.completions, separator)
+    weights = np.zeros(len(ids), dtype=np.float32)
+    weights[ends] = 1.0
+    labels = ", ".join(f"{label:g}" for label in record.labels)
+    return [
+        Part("prompt", prompt, np.zeros(len(prompt), dtype=np.float32)),
+        Part(f"steps, labels {labels}", ids, weights),
+    ]
 
 
 def _encode_reply(tokenizer: PreTrainedTokenizerFast, prompt: list[Message], text: str, name: str = "reply") -> Part:
@@ -231,10 +253,10 @@ def _measure(parts: list[Part]) -> int:
 
 def _count_contents(counts: Counter[str], record: Record) -> None:
     messages: list[Message] = []
+    counts["records with media"] += not isinstance(record, Document) and bool(record.media)
     if isinstance(record, Conversation):
         messages = record.messages
         counts["records with tools"] += bool(record.tools)
-        counts["records with media"] += bool(record.media)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         counts["answers of weight 0"] += sum(record.weight_of(i) == 0 for i in answers)
         counts["answers of another weight than 0 and 1"] += sum(record.weight_of(i) not in (0, 1) for i in answers)
@@ -277,7 +299,7 @@ def _list_plain_pieces(record: Record) -> list[tuple[str, list[Piece]]]:
             steps = zip(record.completions, record.labels, strict=True)
             return [
                 *_list_context(record.prompt),
-                *((f"step, label {label:g}", [Piece(text, 1.0)]) for text, label in steps),
+                *((f"step, label {label:g}", [Piece(text, 0.0), Piece("<separator>", 1.0)]) for text, label in steps),
             ]
         case Prompt():
             return [("prompt", [Piece(record.prompt, 0.0)]), ("answer", [Piece(record.answer, 0.0)])]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from polm.data.files import join_names, name_type, parse_json
+from polm.data.files import Cell, join_names, name_type, parse_json
 from polm.data.records import Message, Row
 from polm.errors import DataError
 
@@ -28,6 +30,39 @@ SHAREGPT_ROLES = {
 CALL_ROLE = "function_call"  # its text is a call in JSON, or a list of calls
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+MESSAGE_FIELDS = (("role", "content"), ("role", "tool_calls"), ("role", "function_call"), ("from", "value"))
+LISTS = ("messages", "conversations")
+MESSAGE_COLUMNS = (*LISTS, "prompt", "completion", "chosen", "rejected")
+
+
+def prepare_row(row: Mapping[str, Any]) -> Row:
+    """The row as it is read: without columns that are null, and with lists where messages are JSON in a string."""
+    out: Row = {}
+    for name, value in row.items():
+        if name in MESSAGE_COLUMNS and isinstance(value, str):
+            out[name] = parse_messages(name, value, MESSAGE_FIELDS)
+        elif value is not None:
+            out[name] = str(value) if isinstance(value, Cell) else value
+    return out
+
+
+def parse_messages(column: str, text: str, fields: Iterable[tuple[str, ...]]) -> Any:
+    """Messages that are JSON in a string; the string itself where it holds anything else.
+
+    `messages` and `conversations` are lists, so a string there is JSON. Elsewhere a string is text, but in a CSV, which
+    has no lists: there it is messages if each has all of some of `fields`. A side of a pair may be one message.
+    """
+    if isinstance(text, Cell) or column in LISTS:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            items = [value] if isinstance(value, dict) and column in ("chosen", "rejected") else value
+            if isinstance(items, list) and items and (column in LISTS or all(_has_some(i, fields) for i in items)):
+                return value
+    return str(text)
+
+
+def _has_some(message: object, fields: Iterable[tuple[str, ...]]) -> bool:
+    return isinstance(message, dict) and any(message.keys() >= set(names) for names in fields)
 
 
 def build_messages(place: str, value: object, column: str) -> list[Message]:
@@ -86,20 +121,21 @@ def build_tools(place: str, value: object) -> list[Row]:
     return out
 
 
-def read_media(place: str, row: Mapping[str, Any], messages: list[Any]) -> tuple[str, ...]:
-    """What a record refers to beside its text: media columns, and parts of a message that are no text."""
+def read_media(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a prepared row refers to beside its text: media columns, and parts of messages that are no text."""
     found = []
     for column in MEDIA_COLUMNS:
         value = row.get(column)
-        if value in (None, "", [], "[]"):
+        if not value or value == "[]":
             continue
         items = value if isinstance(value, list) else [value]
         found += [f"{column}: {item}"[:200] if isinstance(item, str) else column for item in items]
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):
-            found += [str(part.get("type")) for part in content if part.get("type") != "text"]
-    del place
+    for column in MESSAGE_COLUMNS:
+        value = row.get(column)
+        messages = value if isinstance(value, list) else [value]
+        contents = [m.get("content", m.get("value")) for m in messages if isinstance(m, dict)]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        found += [str(part.get("type")) for part in parts if isinstance(part, dict) and part.get("type") != "text"]
     return tuple(found)
 
 

@@ -1,7 +1,7 @@
 """From a row of a user's file to a canonical record: one pure function a format, (place, row) -> record.
 
-`place` is "file:line" and stands in every error. Where a list is expected, a string that holds it as JSON does as well,
-as CSV cells cannot hold lists.
+`place` is "file:line" and stands in every error. A column that is null is absent. Where a list is expected, a string
+that holds it as JSON does as well, as CSV cells cannot hold lists.
 """
 
 from __future__ import annotations
@@ -10,9 +10,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polm.data.files import join_names, name_type, parse_json
-from polm.data.messages import build_message, build_messages, build_tools, read_media, split_transcript
-from polm.data.records import Conversation, Document, Feedback, Message, Preference, Prompt, Row, Stepwise
+from polm.data.files import Cell, join_names, name_type, parse_json
+from polm.data.messages import (
+    build_message,
+    build_messages,
+    build_tools,
+    parse_messages,
+    prepare_row,
+    read_media,
+    split_transcript,
+)
+from polm.data.records import (
+    PROMPT_COLUMNS,
+    Conversation,
+    Document,
+    Feedback,
+    Message,
+    Preference,
+    Prompt,
+    Row,
+    Stepwise,
+)
 from polm.errors import DataError, PromptsDifferError
 
 PREFERENCE_FORMATS = (
@@ -118,6 +136,7 @@ def read_label(place: str, value: object, what: str) -> bool:
 
 def build_document(place: str, row: Row) -> Document:
     """{"text": ...}, optionally `weight` and `token_weights`."""
+    row = prepare_row(row)
     require_columns(place, row, ["text"], '{"text": "..."}')
     values = row.get("token_weights")
     token_weights = None if values in (None, "") else read_weights(place, values, "token_weights")
@@ -126,12 +145,14 @@ def build_document(place: str, row: Row) -> Document:
 
 def build_chat(place: str, row: Row) -> Conversation:
     """{"messages": [{"role", "content"}]} or {"conversations": [{"from", "value"}]}, with `system` and `tools`."""
+    row = prepare_row(row)
     column = "messages" if "messages" in row else "conversations"
     return _finish_conversation(place, row, read_list(place, row, column), column)
 
 
 def build_alpaca(place: str, row: Row) -> Conversation:
     """Earlier turns from `history` ([[question, reply], ...]), then instruction (+ input) and output."""
+    row = prepare_row(row)
     require_columns(place, row, ["instruction", "output"])
     messages = _build_alpaca_prompt(place, row)
     reply = {"role": "assistant", "content": require_string(place, row, "output")}
@@ -140,6 +161,7 @@ def build_alpaca(place: str, row: Row) -> Conversation:
 
 def build_completion(place: str, row: Row) -> Conversation:
     """{"prompt": ..., "completion": ...}, each a string or a list of messages."""
+    row = prepare_row(row)
     require_columns(place, row, ["prompt", "completion"])
     replies = _build_turns(place, row, "completion", "assistant")
     return _finish_conversation(place, row, [*_build_turns(place, row, "prompt", "user"), *replies], "completion")
@@ -165,7 +187,7 @@ def _build_alpaca_prompt(place: str, row: Row) -> list[Message]:
 
 
 def _finish_conversation(place: str, row: Row, given: list[Any], column: str) -> Conversation:
-    """Messages with their weights, the system prompt, tools and media."""
+    """Messages of a prepared row with their weights, the system prompt, tools and media."""
     messages = build_messages(place, given, column)
     record_weight = read_weight(place, row)
     weights, token_weights = [], {}
@@ -181,16 +203,15 @@ def _finish_conversation(place: str, row: Row, given: list[Any], column: str) ->
         weights.append(weight * record_weight if is_answer else 0.0)
         if raw.get("token_weights") is not None:
             token_weights[index] = read_weights(place, raw["token_weights"], f"{where}.token_weights")
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    spoken, messages = messages, _add_system(place, row, messages)
+    if len(messages) > len(spoken):
         weights = [0.0, *weights]
         token_weights = {index + 1: values for index, values in token_weights.items()}
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{place}: no assistant message, so there is nothing to learn in this conversation")
     plain = all(w == (message["role"] == "assistant") for w, message in zip(weights, messages, strict=True))
     tools = build_tools(place, row.get("tools"))
-    return Conversation(messages, () if plain else tuple(weights), token_weights, tools, read_media(place, row, given))
+    return Conversation(messages, () if plain else tuple(weights), token_weights, tools, read_media(row))
 
 
 # ---- preferences, feedback, steps ----------------------------------------------------------------------------------
@@ -201,17 +222,21 @@ def build_preference(place: str, row: Row) -> Preference:
 
     A column `margin` says how much better the chosen answer is.
     """
-    refuse_unsupported(place, row)
+    row = prepare_row(row)
+    refuse_tools(place, row)
     require_columns(place, row, ["chosen", "rejected"], PREFERENCE_FORMATS)
-    begin = build_prompt_messages(place, row)
+    begin = _find_prompt(place, row)
     sides = [_build_side(place, row[column], column, begin is None) for column in ("chosen", "rejected")]
     if begin is None:
         num_common = _count_common_messages(*sides)
         begin, sides = sides[0][:num_common], [side[num_common:] for side in sides]
-    replies = []
-    for column, side in zip(("chosen", "rejected"), sides, strict=True):
+        prompt = _add_system(place, row, begin)
+    else:
         # A full conversation beside an explicit prompt repeats that prompt; what follows it is the reply.
-        reply = side[len(begin) :] if len(side) > 1 and side[: len(begin)] == begin else side
+        prompt = _add_system(place, row, begin)
+        sides = [_cut_beginning(side, (prompt, begin)) for side in sides]
+    replies = []
+    for column, reply in zip(("chosen", "rejected"), sides, strict=True):
         if len(reply) != 1 or reply[0]["role"] != "assistant" or "tool_calls" in reply[0]:
             # More than one message behind what both share: they part before the reply.
             kind = PromptsDifferError if len(reply) > 1 else DataError
@@ -224,12 +249,13 @@ def build_preference(place: str, row: Row) -> Preference:
     if not begin:
         raise PromptsDifferError(f"{place}: chosen and rejected have no common beginning, so there is no prompt")
     chosen, rejected = replies
-    return Preference(begin, chosen, rejected, read_margin(place, row))
+    return Preference(prompt, chosen, rejected, read_margin(place, row), read_media(row))
 
 
 def build_feedback(place: str, row: Row) -> Feedback:
     """{"prompt", "completion", "label"}, or messages (or conversations) that end with the reply, and `label`."""
-    refuse_unsupported(place, row)
+    row = prepare_row(row)
+    refuse_tools(place, row)
     require_columns(place, row, ["label"])
     label = read_label(place, row["label"], "label")
     column = next((name for name in ("messages", "conversations") if name in row), None)
@@ -239,21 +265,22 @@ def build_feedback(place: str, row: Row) -> Feedback:
         require_columns(place, row, ["prompt", "completion"])
         turns = [*_build_turns(place, row, "prompt", "user"), *_build_turns(place, row, "completion", "assistant")]
         messages = build_messages(place, turns, "completion")
-    messages = _add_system(row, messages)
+    messages = _add_system(place, row, messages)
     if messages[-1]["role"] != "assistant" or len(messages) < 2 or "tool_calls" in messages[-1]:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"{place}: feedback is about the last message, which must be the assistant's text after a prompt; "
             f"found {roles}"
         )
-    return Feedback(messages[:-1], messages[-1]["content"], label)
+    return Feedback(messages[:-1], messages[-1]["content"], label, read_media(row))
 
 
 def build_stepwise(place: str, row: Row) -> Stepwise:
     """{"prompt", "completions": [step, ...], "labels": [true or false, or a number from 0 to 1, ...]}."""
-    refuse_unsupported(place, row)
+    row = prepare_row(row)
+    refuse_tools(place, row)
     require_columns(place, row, ["prompt", "completions", "labels"])
-    prompt = _add_system(row, build_messages(place, _build_turns(place, row, "prompt", "user"), "prompt"))
+    prompt = _add_system(place, row, build_messages(place, _build_turns(place, row, "prompt", "user"), "prompt"))
     steps, labels = read_list(place, row, "completions"), read_list(place, row, "labels")
     if not steps or not all(isinstance(step, str) for step in steps):
         raise DataError(f"{place}: completions must be a list of strings with at least one, found {steps!r:.80}")
@@ -267,33 +294,69 @@ def build_stepwise(place: str, row: Row) -> Stepwise:
                 f"{label!r:.40}; labels such as -1, 0, 1 must be mapped to that range first"
             )
         values.append(float(label))
-    return Stepwise(prompt, tuple(steps), tuple(values))
+    return Stepwise(prompt, tuple(steps), tuple(values), read_media(row))
 
 
-def refuse_unsupported(place: str, row: Mapping[str, Any]) -> None:
-    """Raises a DataError for columns that a stage would silently lose."""
-    for column in ("images", "videos", "audios", "tools"):
-        if row.get(column) not in (None, [], "", "[]"):
-            raise DataError(f"{place}: column {column} is not supported: only text is read. Remove such rows.")
+def refuse_tools(place: str, row: Mapping[str, Any]) -> None:
+    """Raises a DataError for definitions of tools, which are read of conversations only."""
+    if row.get("tools") not in (None, [], "", "[]"):
+        raise DataError(f"{place}: column tools is not supported: only text is read. Remove such rows.")
 
 
-def _add_system(row: Row, messages: list[Message]) -> list[Message]:
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+def _add_system(place: str, row: Row, messages: list[Message]) -> list[Message]:
+    """The messages behind the row's system prompt, which they may hold already."""
+    system = row.get("system", "")
+    if not isinstance(system, str):
+        raise DataError(f"{place}: system must be a string, found {name_type(system)}")
+    if not system or not messages:
+        return messages
+    if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise DataError(
+            f"{place}: system says {system!r:.40} and the first message {messages[0]['content']!r:.40}; a conversation "
+            "has one system prompt. Remove one of them"
+        )
     return messages
 
 
 def build_prompt_messages(place: str, row: Row) -> list[Message] | None:
-    """The explicit prompt of a row; None where there is none."""
-    if "prompt" not in row and "instruction" in row:
-        return _add_system(row, _build_alpaca_prompt(place, row))
-    column = next((name for name in ("conversations", "messages", "prompt") if name in row), None)
+    """The explicit prompt of a row with its system prompt; None where there is none."""
+    row = prepare_row(row)
+    found = _find_prompt(place, row)
+    return None if found is None else _add_system(place, row, found)
+
+
+def _find_prompt(place: str, row: Row) -> list[Message] | None:
+    """The prompt without `system`: `prompt`, or else Alpaca's columns, `conversations` or `messages`.
+
+    The last two may stand beside a prompt if they repeat it, alone or with a reply.
+    """
+    column = next((name for name in ("conversations", "messages") if name in row), None)
+    given = row.get("prompt")
+    if given is None and "instruction" in row:
+        return _build_alpaca_prompt(place, row)
+    if given is None or (given == "" and column is not None):
+        return None if column is None else build_messages(place, read_list(place, row, column), column)
+    prompt = build_messages(place, _build_turns(place, row, "prompt", "user"), "prompt")
     if column is None:
-        return None
-    if isinstance(row[column], str) and column == "prompt":
-        return _add_system(row, [{"role": "user", "content": row[column]}])
-    return _add_system(row, build_messages(place, read_list(place, row, column), column))
+        return prompt
+    messages = build_messages(place, read_list(place, row, column), column)
+    if messages[0]["role"] == "system" and prompt[0]["role"] != "system":
+        prompt = [messages[0], *prompt]
+    rest = messages[len(prompt) :]
+    if messages[: len(prompt)] != prompt or [message["role"] for message in rest] not in ([], ["assistant"]):
+        raise DataError(
+            f"{place}: prompt and {column} say different things: {column} may only repeat the prompt, and a reply to "
+            "it. Remove one of them"
+        )
+    return prompt
+
+
+def _cut_beginning(side: list[Message], prompts: Sequence[list[Message]]) -> list[Message]:
+    """What follows the first of `prompts` that the side begins with; all of it where it begins with none."""
+    found = (side[len(prompt) :] for prompt in prompts if len(side) > 1 and side[: len(prompt)] == prompt)
+    return next(found, side)
 
 
 def _build_side(place: str, value: object, column: str, holds_prompt: bool) -> list[Message]:
@@ -322,8 +385,10 @@ def build_prompt(place: str, row: Row) -> Prompt:
     """{"prompt", "answer", "verifier"}; without a verifier `choose_verifier` says which.
 
     A prompt may be a list of one user message. An answer with `#### ` is what follows the last marker; the whole of it
-    is kept as the solution where there is none.
+    is kept as the solution where there is none. Other columns are carried along.
     """
+    columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
+    row = prepare_row(row)
     require_columns(place, row, ["prompt", "answer"], PROMPT_FORMATS)
     prompt = row["prompt"]
     if isinstance(prompt, list):
@@ -340,7 +405,7 @@ def build_prompt(place: str, row: Row) -> Prompt:
     verifier = require_string(place, row, "verifier") if "verifier" in row else choose_verifier(answer)
     question = require_string(place, {"prompt": prompt}, "prompt")
     task, solution = optional.get("task", ""), optional.get("solution", "")
-    return Prompt(question, answer, verifier, task, solution, read_numbers(place, row))
+    return Prompt(question, answer, verifier, task, solution, read_numbers(place, row), columns, read_media(row))
 
 
 PROMPT_FORMATS = '{"prompt": "...", "answer": "...", "verifier": "number"}, and optionally task, solution, numbers'
@@ -366,7 +431,8 @@ def rename_columns(place: str, row: Row, columns: Mapping[str, str]) -> Row:
     inner = {columns[ours]: ours for ours in ("role", "content") if ours in columns}
     if not inner:
         return out
-    return {name: _rename_in_messages(value, inner) for name, value in out.items()}
+    cells = {name: parse_messages(name, cell, [tuple(inner)]) for name, cell in out.items() if isinstance(cell, Cell)}
+    return {name: _rename_in_messages(cells.get(name, value), inner) for name, value in out.items()}
 
 
 def _rename_in_messages(value: Any, names: Mapping[str, str]) -> Any:

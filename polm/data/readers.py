@@ -10,13 +10,13 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from polm.data.files import read_rows
 from polm.data.formats import FORMATS, OnBad, detect_row
+from polm.data.messages import prepare_row, read_media
 from polm.data.normalise import (
     PROMPT_FORMATS,
     build_document,
@@ -31,9 +31,9 @@ from polm.data.records import Conversation, Document, Feedback, Row, Stepwise
 from polm.data.records import Message as Message
 from polm.data.records import Preference as Preference
 from polm.data.records import Prompt as Prompt
-from polm.errors import BadRecordError, DataError, StoreError
+from polm.errors import BadRecordError, DataError, MediaError, StoreError
 
-PROMPT_COLUMNS = frozenset(field.name for field in fields(Prompt)) - {"columns"}
+Judged = TypeVar("Judged", Preference, Feedback, Stepwise)
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 
 
@@ -71,14 +71,15 @@ def iterate_preferences(path: Path, on_bad: OnBad | None = None) -> Iterator[Pre
     """Reads preference pairs (see `normalise.PREFERENCE_FORMATS`).
 
     Without a prompt, the prompt is what the two conversations have in common at their beginning. An empty reply is
-    kept: it means that the model ends its turn at once. A pair whose prompts differ is handed to `on_bad` and left out.
+    kept: it means that the model ends its turn at once. A pair whose prompts differ, or that refers to images or other
+    media, is handed to `on_bad` and left out.
 
     Raises:
-        DataError: an unknown layout; without `on_bad` also a pair whose prompts differ.
+        DataError: an unknown layout, weights; without `on_bad` also a pair that would be left out.
     """
     for line, row in read_rows(path):
         try:
-            pair = build_preference(f"{path}:{line}", row)
+            pair = _check(f"{path}:{line}", row, build_preference(f"{path}:{line}", row))
         except BadRecordError as error:
             if on_bad is None:
                 raise
@@ -94,7 +95,8 @@ def read_preferences(path: Path, on_bad: OnBad | None = None) -> list[Preference
 
 def iterate_feedback(path: Path) -> Iterator[Feedback]:
     """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
-    return (build_feedback(f"{path}:{line}", row) for line, row in read_rows(path))
+    places = ((f"{path}:{line}", row) for line, row in read_rows(path))
+    return (_check(place, row, build_feedback(place, row)) for place, row in places)
 
 
 def read_feedback(path: Path) -> list[Feedback]:
@@ -104,12 +106,13 @@ def read_feedback(path: Path) -> list[Feedback]:
 
 def is_feedback(path: Path) -> bool:
     """Whether the first row of a data file is a judged answer: it has a column `label`."""
-    return any("label" in row for _, row in islice(read_rows(path), 1))
+    return any(row.get("label") is not None for _, row in islice(read_rows(path), 1))
 
 
 def read_stepwise(path: Path) -> list[Stepwise]:
     """Reads replies in steps with a label a step: {"prompt", "completions", "labels"}."""
-    return [build_stepwise(f"{path}:{line}", row) for line, row in read_rows(path)]
+    places = ((f"{path}:{line}", row) for line, row in read_rows(path))
+    return [_check(place, row, build_stepwise(place, row)) for place, row in places]
 
 
 def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
@@ -121,10 +124,11 @@ def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
     for line, row in read_rows(path):
         place = f"{path}:{line}"
         if judged:
-            require_columns(place, row, ["prompt", "answer", "verifier"], PROMPT_FORMATS)
-        found = build_prompt(place, row if judged else {"answer": "", "verifier": "", **row})
-        columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
-        prompts.append(replace(found, columns=columns) if columns else found)
+            require_columns(place, prepare_row(row), ["prompt", "answer", "verifier"], PROMPT_FORMATS)
+        empty = {} if judged else {name: "" for name in ("answer", "verifier") if row.get(name) is None}
+        prompt = build_prompt(place, {**row, **empty})
+        _refuse_media(place, prompt.media)
+        prompts.append(prompt)
     return prompts
 
 
@@ -137,6 +141,7 @@ def read_prompt_messages(path: Path) -> list[list[Message]]:
     prompts = []
     for line, row in read_rows(path):
         messages = build_prompt_messages(f"{path}:{line}", row)
+        _refuse_media(f"{path}:{line}", read_media(prepare_row(row)))
         if messages is None:
             require_columns(f"{path}:{line}", row, ["prompt"], '{"prompt": "..."} or {"prompt": [messages]}')
             raise AssertionError("a column prompt is a prompt")
@@ -151,7 +156,7 @@ def read_prompt_messages(path: Path) -> list[list[Message]]:
 
 def has_answers(path: Path) -> bool:
     """Whether the first row of a prompts file has an answer or a verifier; if not, a model or a function judges."""
-    return any("answer" in row or "verifier" in row for _, row in islice(read_rows(path), 1))
+    return any({"answer", "verifier"} & prepare_row(row).keys() for _, row in islice(read_rows(path), 1))
 
 
 def read_any_prompts(path: Path) -> Sequence[Prompt | list[Message]]:
@@ -160,6 +165,7 @@ def read_any_prompts(path: Path) -> Sequence[Prompt | list[Message]]:
 
 
 def _build_conversation(place: str, row: Row) -> Conversation:
+    row = prepare_row(row)
     name = detect_row(row)
     # Feedback beside messages, or an answer beside a prompt and a completion, does not make it another use.
     found = next((f for f in FORMATS.values() if f.kind is Conversation and row.keys() >= set(f.needs)), None)
@@ -170,12 +176,28 @@ def _build_conversation(place: str, row: Row) -> Conversation:
         raise AssertionError("prompt and completion are a format")
     record = found.build(place, row)
     assert isinstance(record, Conversation)
-    if record.media:
-        raise DataError(
-            f"{place}: the record refers to {record.media[0]}, which is not supported: only text is read. Remove such "
-            "rows, or let `polm data` do so (media: drop)"
-        )
+    _refuse_media(place, record.media)
     return record
+
+
+def _check(place: str, row: Row, record: Judged) -> Judged:
+    """The record; refused where it refers to media, or has a weight that no loss would read."""
+    _refuse_media(place, record.media)
+    for name in ("weight", "weights"):
+        if row.get(name) is not None and str(row[name]) not in ("", "1", "1.0"):
+            raise DataError(
+                f"{place}: {name} is not read: only documents and conversations have weights. Remove the column, or "
+                "convert the file with `polm data`, which leaves it out and counts it"
+            )
+    return record
+
+
+def _refuse_media(place: str, media: Sequence[str]) -> None:
+    if media:
+        raise MediaError(
+            f"{place}: the record refers to {media[0]}, which is not supported: only text is read. Remove such rows, "
+            "or let `polm data` do so (media: drop)"
+        )
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 Row = dict[str, Any]
@@ -51,13 +51,15 @@ class Conversation:
 class Preference:
     """One comparison: the messages so far, the preferred reply and the other one.
 
-    `margin` says how much better the preferred one is, at least 0 (0 = not said); reward models read it.
+    `margin` says how much better the preferred one is, at least 0 (0 = not said); reward models read it. `media` is as
+    in a conversation, here and in the records below.
     """
 
     prompt: list[Message]
     chosen: str
     rejected: str
     margin: float = 0.0
+    media: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Feedback:
     prompt: list[Message]
     completion: str
     label: bool
+    media: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Stepwise:
     prompt: list[Message]
     completions: tuple[str, ...]
     labels: tuple[float, ...]
+    media: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Prompt:
     solution: str = ""
     numbers: tuple[float, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    media: tuple[str, ...] = ()
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -100,6 +105,7 @@ class Prompt:
         return {**own, "task": self.task, "solution": self.solution, "numbers": self.numbers, **self.columns}
 
 
+PROMPT_COLUMNS = frozenset(field.name for field in fields(Prompt)) - {"columns", "media"}
 Record = Document | Conversation | Preference | Feedback | Stepwise | Prompt
 
 
@@ -126,7 +132,8 @@ def build_row(record: Record) -> Row:
         case Prompt():
             row = {"prompt": record.prompt, "answer": record.answer, "verifier": record.verifier}
             row |= {name: value for name in ("task", "solution") if (value := getattr(record, name))}
-            return row if record.numbers is None else {**row, "numbers": list(record.numbers)}
+            numbers = {} if record.numbers is None else {"numbers": list(record.numbers)}
+            return {**row, **numbers, **record.columns}
 
 
 def _build_conversation_row(record: Conversation) -> Row:

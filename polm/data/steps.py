@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from polm.data.examples import KeptTrees, Ledger, Policy, count_read, fit_answers
+from polm.data.examples import BadRecords, KeptTrees, Ledger, Policy, count_read, drop_bad_record, fit_answers
 from polm.data.records import Stepwise
-from polm.errors import DataError, UserError
+from polm.errors import BadRecordError, DataError, EmptyStepError, UserError
 from polm.text.chat import find_control_tokens, render_prompt
 from polm.tokens import Array, Segment, Tree
 
@@ -35,13 +35,13 @@ def encode_steps(
 ) -> tuple[Array, Array]:
     """(token ids [T] of all steps, each with the separator behind it; place [steps] of the last token of each).
 
-    Raises DataError for an empty step and for one that holds a control token.
+    Raises EmptyStepError for an empty step, and DataError for one that holds a control token.
     """
     ids: list[int] = []
     ends = []
     for index, step in enumerate(steps):
         if not step.strip():
-            raise DataError(f"completions[{index}] is an empty step; remove it and its label")
+            raise EmptyStepError(f"completions[{index}] is an empty step; remove it and its label")
         if found := find_control_tokens(tokenizer, step, role="assistant"):
             raise DataError(f"completions[{index}] holds the control token {found[0]}; remove it from the text")
         ids += [*tokenizer(step, add_special_tokens=False, verbose=False)["input_ids"], *separator]
@@ -74,6 +74,7 @@ def build_step_trees(
     too_long: Policy,
     ledger: Ledger,
     last_only: bool = False,
+    bad_records: BadRecords = "error",
 ) -> Sequence[Tree]:
     """A tree for each record, its steps' labels from 0 (wrong) to 1 (right) as targets.
 
@@ -81,7 +82,8 @@ def build_step_trees(
 
     Truncation loses whole steps: one whose end does not fit is no target (`steps_lost`), and a record of which none is
     left is dropped. Steps that hold the separator are counted (`steps_with_separator`): an answer would be cut there.
-    Raises DataError for what `encode_steps` refuses, naming the record.
+    Raises DataError for what `encode_steps` refuses, naming the record; with bad_records: drop an empty step leaves its
+    record out.
     """
     separator_ids = encode_separator(tokenizer, separator)
     trees = KeptTrees(None, ledger)
@@ -90,6 +92,9 @@ def build_step_trees(
         try:
             prompt = render_prompt(tokenizer, record.prompt)
             ids, ends = encode_steps(tokenizer, record.completions, separator_ids)
+        except BadRecordError as error:
+            drop_bad_record(bad_records, ledger, error, what)
+            continue
         except DataError as error:
             raise DataError(f"{what}: {error}") from error
         count_read(tokenizer, np.concatenate([prompt, ids]), ledger)

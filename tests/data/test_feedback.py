@@ -73,7 +73,7 @@ def test_layouts(tmp_path: Path, row: dict[str, Any]) -> None:
     [
         ({"prompt": "a", "completion": "b"}, "feedback.jsonl:2: no column label; found prompt, completion"),
         ({"prompt": "a", "completion": "b", "label": 2}, "feedback.jsonl:2: label"),
-        ({"prompt": "a", "completion": "b", "label": None}, "label must be true or false, found None"),
+        ({"prompt": "a", "completion": "b", "label": None}, "no column label; found prompt, completion"),
         ({"prompt": "a", "label": True}, "feedback.jsonl:2: no column completion"),
         ({"prompt": [USER], "label": True}, "feedback.jsonl:2: no column completion"),
         ({"prompt": "a", "completion": 3, "label": True}, "completion must be a string, found a number"),

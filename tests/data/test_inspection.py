@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from polm.data.inspection import Part, Piece, compute_histogram, inspect_source, split_pieces
-from polm.data.readers import write_jsonl
+from polm.data.readers import read_stepwise, write_jsonl
+from polm.data.steps import build_step_trees
 from polm.errors import DataError
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *"abcdefghij"]
@@ -102,9 +104,37 @@ def test_other_records_in_tokens(words: PreTrainedTokenizerFast, tmp_path: Path)
     assert found.example[0][0] == "label false"
     steps = {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}
     found = inspect_source(write(tmp_path / "d.jsonl", steps), tokenizer=words)
-    assert (found.counts["steps"], found.counts["steps with a label below 1"], found.units_supervised) == (2, 1, 3)
+    assert (found.counts["steps"], found.counts["steps with a label below 1"], found.units_supervised) == (2, 1, 2)
     found = inspect_source(write(tmp_path / "e.jsonl", {"prompt": "a", "answer": "3"}), tokenizer=words)
     assert (found.counts["verifier math"], found.units_supervised, found.lengths.tolist()) == (1, 0, [3])
+
+
+@pytest.mark.parametrize(("known", "separator"), [(";", ";"), ("\n", "\n")])
+def test_steps_are_shown_as_the_stage_trains_on_them(
+    words: PreTrainedTokenizerFast, tmp_path: Path, known: str, separator: str
+) -> None:
+    """One token a step. The separator is the stage's own, or `;` where the tokenizer has no token for that."""
+    words.add_tokens([AddedToken(known, normalized=False)])
+    row = {"prompt": "a b", "completions": ["c d", "e"], "labels": [True, 0.5]}
+    path = write(tmp_path / "a.jsonl", row)
+    found = inspect_source(path, tokenizer=words, context=8)
+    assert found.example == [
+        ("prompt", [Piece("<user> a b <bot>", 0.0, 4)]),
+        ("steps, labels 1, 0.5", [Piece("c d", 0.0, 2), Piece(separator, 1.0), Piece("e", 0.0), Piece(separator, 1.0)]),
+    ]
+    assert (found.lengths.tolist(), found.units_supervised, found.units_over) == ([9], 2, 1)
+    (tree,) = build_step_trees(
+        words, read_stepwise(Path(path)), separator=separator, context=9, too_long="error", ledger=Counter()
+    )
+    assert [len(segment) for segment in tree] == [4, 5]
+    assert np.flatnonzero(tree[1].streams["weights"]).tolist() == [2, 4]
+    found = inspect_source(path)
+    assert found.example[1:] == [
+        ("step, label 1", [Piece("c d", 0.0), Piece("<separator>", 1.0)]),
+        ("step, label 0.5", [Piece("e", 0.0), Piece("<separator>", 1.0)]),
+    ]
+    with pytest.raises(DataError, match=r"completions\[1\] is an empty step"):
+        inspect_source(write(tmp_path / "b.jsonl", {**row, "completions": ["c", " "]}), tokenizer=words)
 
 
 def test_without_a_tokenizer_words_are_counted(tmp_path: Path) -> None:

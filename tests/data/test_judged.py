@@ -187,7 +187,7 @@ def test_a_separator_without_a_token(tiny_tokenizer: PreTrainedTokenizerFast) ->
         ({"labels": [True]}, "2 completions and 1 labels; each step needs one label"),
         ({"labels": []}, "2 completions and 0 labels"),
         ({"labels": [True, 2]}, r"labels\[1\] must be true, false or a number from 0"),
-        ({"labels": None}, "2 completions and 0 labels"),
+        ({"labels": None}, "no column labels; found prompt, completions"),
         ({"completions": []}, "completions must be a list of strings with at least one"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from polm.data.readers import read_conversations, read_documents, read_prompts, write_jsonl
 from polm.errors import DataError
 from polm.flywheel.store import compute_key
+from polm.recipe import DPOSettings
 from polm.recipe_data import DataStage, FilesData, FolderData, MixedSource
 from polm.stages.common import Context
 from polm.stages.data import STAGE, run
@@ -72,6 +73,35 @@ def test_a_folder_with_a_part_only(tiny_data: Path, tmp_path: Path) -> None:
     result = copy(source, tmp_path / "out")
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["sft.jsonl", "summary.json"]
     assert dict(result.ledger) == {"records": 24}
+
+
+def test_a_folder_whose_pairs_refer_to_images(artifact: Any, tmp_path: Path) -> None:
+    """It is copied and counted; the stage that learns from it refuses them, or leaves them out."""
+    pairs = [{"prompt": f"add {i} and 1 .", "chosen": str(i + 1), "rejected": str(i + 2)} for i in range(4)]
+    write_jsonl(tmp_path / "mine" / "preferences.jsonl", [*pairs, {**pairs[0], "image": "a.png"}])
+    result = copy(tmp_path / "mine", tmp_path / "out")
+    assert dict(result.ledger) == {"records": 4, "pairs_media": 1}
+    inputs = {"base": str(artifact("sft")), "data": str(tmp_path / "out")}
+    settings = DPOSettings(bin_tokens=192, precision="fp32", updates=1)
+    with pytest.raises(DataError, match=r"preferences.jsonl:5: the record refers to image: a.png.*bad_records: drop"):
+        artifact.run("dpo", settings, inputs, tmp_path / "refused")
+    dropping = settings.model_copy(update={"bad_records": "drop"})
+    ledger = artifact.run("dpo", dropping, inputs, tmp_path / "dpo")["ledger"]
+    assert (ledger["read"], ledger["kept"], ledger["dropped"], ledger["dropped_media"]) == (5, 4, 1, 1)
+    steps = {"prompt": "q", "completions": ["a"], "labels": [1], "video": "v"}
+    write_jsonl(tmp_path / "mine" / "stepwise.jsonl", [steps])
+    with pytest.raises(DataError, match=r"stepwise.jsonl:1: the record refers to video: v"):
+        copy(tmp_path / "mine", tmp_path / "again")
+
+
+def test_columns_of_prompts_reach_the_folder(tmp_path: Path) -> None:
+    rows = [{"prompt": "1 + 1", "answer": "2", "level": 3, "verifier": "math"}]
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    data = FilesData(source="files", prompts=(MixedSource(path=str(tmp_path / "mine.jsonl")),))
+    result = run(DataStage(data=data), Context(_new(tmp_path / "out"), {}))
+    assert dict(result.ledger) == {"prompts/read": 1, "prompts/kept": 1}
+    (prompt,) = read_prompts(tmp_path / "out" / "prompts.jsonl")
+    assert prompt.fields["level"] == 3
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
