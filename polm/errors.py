@@ -55,6 +55,13 @@ class ModelError(UserError):
     """A model or tokenizer that cannot be loaded, or that cannot do what the stage needs."""
 
 
+class UnmarkableError(BadRecordError, ModelError):
+    """A conversation in which the chat template does not let the assistant's tokens be told exactly, though it does in
+    others."""
+
+    reason = "unmarkable"
+
+
 class StoreError(UserError):
     """A run directory or artifact that is in use, damaged, or does not match its manifest."""
 

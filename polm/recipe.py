@@ -167,7 +167,8 @@ class RecordSettings(PackedSettings):
 
     bad_records: Literal["error", "drop"] = Field(
         "error",
-        description="a pair whose prompts differ, an answer of which the template leaves nothing",
+        description="a pair whose prompts differ, an answer of which the template leaves nothing, a conversation that "
+        "it does not let be marked, an empty step",
         json_schema_extra={"semantic": "if given"},
     )
 
@@ -270,7 +271,7 @@ class RewardModelSettings(RecordSettings):
     )
 
 
-class ProcessRewardModelSettings(PackedSettings):
+class ProcessRewardModelSettings(RecordSettings):
     """A process reward model from answers whose steps are labelled."""
 
     separator: Annotated[str, Field(min_length=1)] = Field(

@@ -26,6 +26,7 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (r"unparsed", "nothing could be read: a verifier gives the reward 0, a function (None) or a judge gives none"),
     (r"inconsistent", "the judge's two orders prefer different answers"),
     (r"dropped_equal|^equal$|answers_equal|duplicate", "the same text twice: nothing to compare, or nothing new"),
+    (r"empty_step", "an answer in steps of which one has no text"),
     (r"(dropped|answers|revisions|critiques)_empty", "an answer without text or without a token to learn from"),
     (r"unmarkable", "the chat template does not let the assistant's tokens be marked exactly"),
     (r"unsupervised", "nothing in it is trained on"),

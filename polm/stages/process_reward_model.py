@@ -81,6 +81,7 @@ def _build_trees(
         too_long=settings.too_long,
         ledger=ledger,
         last_only=last_only,
+        bad_records=settings.bad_records,
     )
 
 

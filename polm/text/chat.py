@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from polm.errors import DataError, EmptyAnswerError, ModelError, UserError
+from polm.errors import DataError, EmptyAnswerError, ModelError, UnmarkableError, UserError
 from polm.text.templates import TEMPLATES, TEXT_MARKERS, missing_tokens
 from polm.text.tokenizer import require_unicode, unknown_id
 
@@ -46,6 +46,8 @@ Span = tuple[int, int]  # characters of the rendered text, [start, end)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPEN, _CLOSE = "⟦", "⟧"
+_PLAIN: tuple[Message, ...] = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+_REASONED: tuple[Message, ...] = (_PLAIN[0], {"role": "assistant", "content": "<think>\nb\n</think>\n\nb"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +82,32 @@ def render_chat(
     `render_prompt(messages[:-1])` is checked to be a prefix of token_ids: what is trained is what is generated.
 
     Raises DataError for messages that cannot be used (and where no token would be trained on), ModelError for a
-    template or tokenizer that does not allow an exact mask.
+    template or tokenizer that does not allow an exact mask: UnmarkableError where it does for a question and a short
+    answer, so that it is this conversation which does not go with the template.
     """
+    try:
+        return _render_marked(tokenizer, messages, train_on, template_kwargs)
+    except UnmarkableError as error:
+        kwargs = {name: value for name, value in (template_kwargs or {}).items() if name != "tools"}
+        if any(_can_mark(tokenizer, probe, kwargs) for probe in (_PLAIN, _REASONED)):
+            raise
+        raise ModelError(str(error)) from error
+
+
+def _can_mark(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        _render_marked(tokenizer, messages, "all", kwargs)
+    except UserError:
+        return False
+    return True
+
+
+def _render_marked(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    train_on: Literal["all", "last"],
+    template_kwargs: Mapping[str, Any] | None,
+) -> RenderedChat:
     if train_on not in ("all", "last"):
         raise UserError(f"train_on is {train_on!r}; it must be 'all' or 'last'")
     template = _require_template(tokenizer)
@@ -145,7 +171,7 @@ def render_prompt(
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """The tokens at which generation of an answer stops: the template's end-of-turn token, then eos if it differs."""
-    probe = render_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    probe = render_chat(tokenizer, _PLAIN)
     last = int(probe.token_ids[np.flatnonzero(probe.assistant_mask)[-1]])
     stops = [last] if last in _facts(tokenizer).special_ids else []
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
@@ -374,7 +400,7 @@ def _renderer(tokenizer: PreTrainedTokenizerFast, template: str, template_kwargs
 
 def _spans_of_marks(messages: Sequence[Message], answers: list[int], text: str, marks: list[Span]) -> list[Span]:
     if len(marks) != len(answers):
-        raise ModelError(
+        raise UnmarkableError(
             f"the chat template marks {len(marks)} generations, but the conversation has {len(answers)} assistant"
             " messages. Cure: a template with one {% generation %} block around each assistant turn"
         )
@@ -382,7 +408,7 @@ def _spans_of_marks(messages: Sequence[Message], answers: list[int], text: str, 
         tail = messages[index]["content"].strip()[-32:]
         # transformers counts wrongly where a mark stands in a macro or a {% set %} block; trust only what fits.
         if tail not in text[start:end]:
-            raise ModelError(
+            raise UnmarkableError(
                 f"the generation mark of message {index} covers {_excerpt(text[start:end])!r}, which does not hold the"
                 f" end of its content {_excerpt(tail)!r}. Cure: put {{% generation %}} around the content of assistant"
                 " turns, outside macros and {% set %} blocks"
@@ -398,7 +424,7 @@ def _spans_by_prefix(
     spans = []
     for index in wanted:
         if index == 0:
-            raise ModelError(
+            raise UnmarkableError(
                 "the conversation starts with an assistant message and the chat template has no generation marks, so"
                 " the header of its turn cannot be told from its text. Cure: a template with {% generation %} marks"
             )
@@ -406,7 +432,7 @@ def _spans_by_prefix(
         after, _ = render(messages[: index + 1], False, False)
         if not after.startswith(before) or not text.startswith(after):
             shorter, longer = (before, after) if not after.startswith(before) else (after, text)
-            raise ModelError(
+            raise UnmarkableError(
                 f"the chat template is not prefix-preserving: message {index} (assistant) is rendered differently"
                 f" {'once its answer is there' if shorter is before else 'once later messages follow'}"
                 f" ({_first_mismatch(shorter, longer)}), so its tokens cannot be found exactly. Cure: a template with"
@@ -455,7 +481,7 @@ def _tokens_inside(
     ends_T: npt.NDArray[np.int64],
     index: int,
 ) -> npt.NDArray[np.bool_]:
-    """Which tokens cover characters of the span [T]; ModelError if one covers characters outside of it too."""
+    """Which tokens cover characters of the span [T]; UnmarkableError if one covers characters outside of it too."""
     start, end = span
     overlaps_T = (starts_T < end) & (ends_T > start)
     straddling = np.flatnonzero(overlaps_T & ((starts_T < start) | (ends_T > end)))
@@ -463,7 +489,7 @@ def _tokens_inside(
         first = int(straddling[0])
         edge = start if starts_T[first] < start else end
         token = text[int(starts_T[first]) : int(ends_T[first])]
-        raise ModelError(
+        raise UnmarkableError(
             f"token {first} (id {int(ids_T[first])}, {token!r}) lies on both sides of the"
             f" {'start' if edge == start else 'end'} of message {index} (assistant), at"
             f" {text[max(0, edge - 20) : edge]!r} | {text[edge : edge + 20]!r}, so it can be neither trained on nor"
@@ -497,7 +523,7 @@ def _require_prompt_prefix(
     ends_T: npt.NDArray[np.int64],
 ) -> None:
     if not text.startswith(prompt):
-        raise ModelError(
+        raise UnmarkableError(
             "the prompt of the last answer is not the beginning of the conversation as the chat template renders it"
             f" ({_first_mismatch(prompt, text)}): the model would be trained on other text than it is prompted with."
             " Cure: give the answer in the form the template expects (reasoning models may want <think> first), pass"
@@ -512,7 +538,7 @@ def _require_prompt_prefix(
         first = int(np.argmin(same)) if not same.all() else num_common - 1
         tokens = tokenizer.convert_ids_to_tokens([int(prompt_ids[first]), int(ids_T[first])])
         at = int(prompt_ends[first])
-        raise ModelError(
+        raise UnmarkableError(
             f"the tokens of the prompt are not the first tokens of the conversation: token {first} is {tokens[0]!r} in"
             f" the prompt and {tokens[1]!r} in the conversation, near {text[max(0, at - 20) : at + 20]!r}. Cure: strip"
             " white space from the start of the last answer, or set a template whose role markers are special tokens"

@@ -302,6 +302,7 @@ def test_every_count_of_a_loss_has_a_meaning(artifact: Any, tmp_path: Path) -> N
         "dropped_unparsed": "found no answer",
         "votes_timeout": "the other votes",
         "dropped_unmarkable": "mark",
+        "holdout_dropped_empty_step": "no text",
     }
     for word, meaning in words.items():
         assert meaning in find_meaning(word), word

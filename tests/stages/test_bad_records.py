@@ -134,3 +134,48 @@ def test_a_template_that_cannot_mark_the_assistants_tokens(artifact: Any, tmp_pa
     inputs = {"base": str(tmp_path / "model"), "data": str(tmp_path)}
     with pytest.raises(ModelError, match=r"conversation 0: .*template.*Cure"):
         artifact.run("sft", SFTSettings(**SMALL, bad_records="drop"), inputs, tmp_path / "out")
+
+
+# Of earlier answers it keeps what stands behind a semicolon, as templates of reasoning models do with the reasoning.
+FORGETS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% else %}{{ '<|assistant|>' +"
+    " (m.content if loop.last else m.content.split(';')[-1]) + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_a_conversation_that_the_template_cannot_mark(artifact: Any, tmp_path: Path) -> None:
+    """Its first answer is rendered differently once the second one is there; those of the others are not."""
+    tokenizer = load_tokenizer(artifact("sft") / "model")
+    tokenizer.chat_template = FORGETS
+    save_model(load_model(artifact("sft") / "model"), tokenizer, tmp_path / "model")
+    ask, again = {"role": "user", "content": "add 1 and 2 ."}, {"role": "user", "content": "add 2 and 2 ."}
+    talks = [
+        [ask, {"role": "assistant", "content": text}, again, {"role": "assistant", "content": "4"}] for text in "123"
+    ]
+    talks[1][1] = {"role": "assistant", "content": "1 ; 3"}
+    inputs = {"base": str(tmp_path / "model"), "data": str(tmp_path)}
+    write_jsonl(tmp_path / "sft.jsonl", [{"messages": messages} for messages in talks])
+    with pytest.raises(DataError, match=r"conversation 1: .*not prefix-preserving: message 1 .* set bad_records: drop"):
+        artifact.run("sft", SFTSettings(**SMALL), inputs, tmp_path / "refused")
+    dropping = SFTSettings(**SMALL, bad_records="drop")
+    ledger = artifact.run("sft", dropping, inputs, tmp_path / "sft")["ledger"]
+    assert (ledger["read"], ledger["kept"], ledger["dropped_unmarkable"]) == (3, 2, 1)
+    write_jsonl(tmp_path / "sft.jsonl", [{"messages": talks[1]}])
+    with pytest.raises(DataError, match=r"no token is supervised \(1 examples read, 1 dropped\).* the chat template"):
+        artifact.run("sft", dropping, inputs, tmp_path / "nothing")
+
+
+def test_pairs_that_the_template_cannot_mark(artifact: Any, tmp_path: Path) -> None:
+    """A template that begins each answer for the model: one that does not begin so would be prompted otherwise."""
+    tokenizer = load_tokenizer(artifact("sft") / "model")
+    begun = FORGETS.replace("{{ '<|assistant|>' }}{% endif %}", "{{ '<|assistant|><think>' }}{% endif %}")
+    tokenizer.chat_template = begun
+    save_model(load_model(artifact("sft") / "model"), tokenizer, tmp_path / "model")
+    rows = [{**row, "chosen": f"<think> {row['chosen']}", "rejected": f"<think> {row['rejected']}"} for row in GOOD]
+    write_jsonl(tmp_path / "preferences.jsonl", [*rows, GOOD[0]])
+    inputs = {"base": str(tmp_path / "model"), "data": str(tmp_path)}
+    with pytest.raises(DataError, match=r"pair 6: .*once its answer is there.* set bad_records: drop"):
+        artifact.run("dpo", DPOSettings(**SMALL), inputs, tmp_path / "refused")
+    ledger = artifact.run("dpo", DPOSettings(**SMALL, bad_records="drop"), inputs, tmp_path / "out")["ledger"]
+    assert (ledger["read"], ledger["dropped_unmarkable"]) == (7, 1)

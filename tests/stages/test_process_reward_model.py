@@ -124,7 +124,10 @@ def test_shipped_recipes_run(name: str, artifact: Any, data: Path, read_rows: An
     [
         ({"labels": [True]}, r"stepwise.jsonl:2: 2 completions and 1 labels"),
         ({"labels": []}, r"stepwise.jsonl:2: 2 completions and 0 labels"),
-        ({"completions": ["1", ""]}, r"record 1: completions\[1\] is an empty step"),
+        (
+            {"completions": ["1", ""]},
+            r"record 1: completions\[1\] is an empty step.* set bad_records: drop, which leaves",
+        ),
     ],
 )
 def test_bad_records(artifact: Any, tmp_path: Path, changes: dict[str, Any], match: str) -> None:
@@ -135,3 +138,18 @@ def test_bad_records(artifact: Any, tmp_path: Path, changes: dict[str, Any], mat
         artifact.run(
             "process_reward_model", settings, {"base": str(artifact("sft")), "data": str(tmp_path)}, tmp_path / "out"
         )
+
+
+@pytest.mark.parametrize("holdout_share", [0.0, 0.3])
+def test_records_with_an_empty_step_are_left_out(artifact: Any, holdout_share: float, tmp_path: Path) -> None:
+    """And counted, among the held-out ones too; the others are learned as they would be without."""
+    good = [{"prompt": f"add {i} and 2 .", "completions": ["1", "2"], "labels": [True, False]} for i in range(8)]
+    bad = [{**row, "completions": [" ", "2"]} for row in good]
+    write_jsonl(tmp_path / "stepwise.jsonl", [*good, *bad])
+    settings = ProcessRewardModelSettings(**{**SMALL, "holdout_share": holdout_share, "bad_records": "drop"})
+    inputs = {"base": str(artifact("sft")), "data": str(tmp_path)}
+    ledger = artifact.run("process_reward_model", settings, inputs, tmp_path / "out")["ledger"]
+    counts = {name: ledger.get(name, 0) + ledger.get(f"holdout_{name}", 0) for name in ("read", "kept", "dropped")}
+    assert counts == {"read": 16, "kept": 8, "dropped": 8}
+    assert ledger["dropped_empty_step"] + ledger.get("holdout_dropped_empty_step", 0) == 8
+    assert ("holdout_dropped_empty_step" in ledger) == bool(holdout_share)
