@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polm.data.parquet import drop_null
 from polm.errors import DataError
 
 HUB_PREFIX = "hub:"
@@ -23,7 +24,7 @@ def parse_hub_id(source: str) -> tuple[str, str | None, str]:
 
 
 def read_hub(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number from 1, row) of a hub data set.
+    """Yields (row number from 1, row) of a hub data set. As in Parquet, a field that is null is left out.
 
     Raises:
         DataError: `datasets` is not installed, or it cannot find or read the data set.
@@ -40,7 +41,7 @@ def read_hub(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for row in datasets.load_dataset(name, config, split=split, streaming=True):
             number += 1
-            yield number, {key: value for key, value in row.items() if value is not None}
+            yield number, {name: drop_null(value) for name, value in row.items()}
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: cannot be read (after row {number}): {error}. Check the name, the config and the split; "

@@ -233,6 +233,7 @@ def build_preference(place: str, row: Row) -> Preference:
         prompt = _add_system(place, row, begin)
     else:
         # A full conversation beside an explicit prompt repeats that prompt; what follows it is the reply.
+        begin = _add_shared_system(begin, sides)
         prompt = _add_system(place, row, begin)
         sides = [_cut_beginning(side, (prompt, begin)) for side in sides]
     replies = []
@@ -351,6 +352,13 @@ def _find_prompt(place: str, row: Row) -> list[Message] | None:
             "it. Remove one of them"
         )
     return prompt
+
+
+def _add_shared_system(prompt: list[Message], sides: Sequence[list[Message]]) -> list[Message]:
+    """The prompt behind the system prompt that both sides, full conversations, begin with and it does not."""
+    first, second = (side[0] for side in sides)
+    is_shared = first == second and first["role"] == "system" and prompt[0]["role"] != "system"
+    return [first, *prompt] if is_shared else prompt
 
 
 def _cut_beginning(side: list[Message], prompts: Sequence[list[Message]]) -> list[Message]:

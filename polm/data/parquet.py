@@ -14,7 +14,7 @@ BATCH_ROWS = 1024
 def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number from 1, row), a batch of rows in memory at a time.
 
-    A field that is null is left out: in Parquet every struct has every field, so null means absent.
+    A field that is null is left out below the columns: in Parquet every struct has every field, so null means absent.
 
     Raises:
         DataError: pyarrow is not installed, or the file is missing, damaged or empty.
@@ -33,7 +33,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, _drop_null(row)
+                    yield number, {name: drop_null(value) for name, value in row.items()}
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; give the path of a .parquet file") from error
     except (pyarrow.ArrowException, OSError) as error:
@@ -42,7 +42,8 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} holds no rows")
 
 
-def _drop_null(value: Any) -> Any:
+def drop_null(value: Any) -> Any:
+    """The value without fields of objects that are null."""
     if isinstance(value, dict):
-        return {key: _drop_null(item) for key, item in value.items() if item is not None}
-    return [_drop_null(item) for item in value] if isinstance(value, list) else value
+        return {key: drop_null(item) for key, item in value.items() if item is not None}
+    return [drop_null(item) for item in value] if isinstance(value, list) else value

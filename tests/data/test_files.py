@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import pytest
 
 from polm.data import files
 from polm.data.files import iterate_source, read_rows
+from polm.data.formats import build_records, open_source
 from polm.data.hub import parse_hub_id
+from polm.data.records import Conversation
 from polm.errors import DataError
 
 ROWS = [
@@ -106,9 +109,32 @@ def test_null_fields_of_parquet_are_absent(tmp_path: Path) -> None:
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [row for _, row in read_rows(tmp_path / "a.parquet")] == [
-        {"m": [{"role": "user"}, {"role": "assistant", "weight": 0.5}]},
+        {"m": [{"role": "user"}, {"role": "assistant", "weight": 0.5}], "x": None},
         {"m": [], "x": 1},
     ]
+
+
+def test_columns_that_are_null_in_some_rows_can_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Parquet and on the hub every row has every column and every object every field."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (the extra parquet)")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets", reason="datasets is not installed (the extra hub)")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "mine").mkdir()
+    functions = [{"name": "f", "parameters": {"a": {"kind": "int"}}}, {"name": "g", "parameters": {"b": {"x": 1}}}]
+    rows = [
+        {"talk": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "note": "s", "tools": None},
+        {"talk": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": functions},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "mine" / "train.parquet")
+    for source in (str(tmp_path / "mine" / "train.parquet"), f"hub:{tmp_path}/mine:train"):
+        detection, found = open_source(source, columns={"messages": "talk", "system": "note"})
+        first, second = build_records(detection.format, found, Counter())
+        assert isinstance(first, Conversation)
+        assert isinstance(second, Conversation)
+        assert [message["role"] for message in first.messages] == ["system", "user", "assistant"]
+        assert [message["role"] for message in second.messages] == ["user", "assistant"]
+        assert [tool["function"] for tool in second.tools] == functions
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,15 @@ def test_the_system_prompt_of_a_pair(tmp_path: Path, row: dict[str, Any]) -> Non
     assert read(path) == ([Preference([SYSTEM, USER], "a", "b")], {})
 
 
+def test_the_system_prompt_of_both_sides(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": [SYSTEM, USER, BOT], "rejected": [SYSTEM, USER, OTHER]}
+    assert read_preferences(write(tmp_path / "a.jsonl", row)) == [Preference([SYSTEM, USER], "a", "b")]
+    with pytest.raises(DataError, match="system says 't' and the first message 's'"):
+        read_preferences(write(tmp_path / "a.jsonl", {**row, "system": "t"}))
+    with pytest.raises(DataError, match="chosen must end in exactly one assistant message"):
+        read_preferences(write(tmp_path / "a.jsonl", {**row, "rejected": [USER, OTHER]}))
+
+
 def test_a_pair_without_a_prompt_is_not_given_one_by_its_system_prompt(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"chosen": [BOT], "rejected": [OTHER], "system": "s"})
     with pytest.raises(DataError, match="no common beginning"):
