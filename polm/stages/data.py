@@ -124,5 +124,6 @@ STAGE = Stage(
     DataStage,
     run,
     inputs=(),
+    version=2,
     summary="write a data set folder (`polm data inspect FILE` only looks)",
 )
