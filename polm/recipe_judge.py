@@ -189,7 +189,9 @@ class JudgeStage(Settings):
     seed: int = Field(0, ge=0, lt=2**32)
     num_prompts: int = Field(0, ge=0, description="at most so many prompts (relabel: records), drawn; 0 = all")
     bad_records: Literal["error", "drop"] = Field(
-        "error", description="relabel: a pair whose prompts differ, or that refers to media", json_schema_extra={"semantic": "if given"}
+        "error",
+        description="relabel: a pair whose prompts differ, or that refers to media",
+        json_schema_extra={"semantic": "if given"},
     )
     samples: int = Field(4, ge=2, description="sample: answers to each prompt")
     pairs_per_prompt: int = Field(1, ge=1, description="sample: at most so many pairs of each prompt")
@@ -203,7 +205,10 @@ class JudgeStage(Settings):
     )
     threshold: float = Field(0.5, ge=0, lt=1, description="scores: an answer whose grade (0 to 1) is above it is good")
     max_failed: float = Field(
-        0.1, ge=0, le=1, description="a larger share of time-outs and errors is a failure: run again to go on"
+        0.1,
+        ge=0,
+        le=1,
+        description="a larger share of time-outs and errors, of questions or votes, is a failure: run again to go on",
     )
     replies: Path | None = Field(
         None,

@@ -44,6 +44,7 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (r"media", "refers to an image or a sound, which a text model cannot read"),
     (r"contaminated", "overlaps with a benchmark, so taken out"),
     (r"ties|tied", "judged equally good: no preference"),
+    (r"left_over", "kept, and never drawn for the mixture"),
     (r"not_reached", "not read before the last update"),
     (r"dropped: ", "left out for the reason that the count names"),
     (r"dropped", "left out as a whole"),

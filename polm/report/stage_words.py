@@ -192,6 +192,8 @@ def _describe_judge(node: Node) -> list[str]:
     labels = summary.get("pairs", summary.get("answers", 0))
     failed = sum(_ledger(node, name) for name in ("timeout", "error", "unparsed", "inconsistent"))
     found = [f"The judge gave {_count(labels, 'label')}; {_count(failed, 'question')} stayed without a verdict."]
+    if lost := sum(_ledger(node, f"votes_{status}") for status in ("timeout", "error", "unparsed")):
+        found.append(f"{lost:,.0f} of {_count(_ledger(node, 'votes'), 'vote')} said nothing; the others decided.")
     if (bias := _share(summary, "first_position")) is not None:
         mean, low, high = bias
         verdict = "no position bias was shown" if low <= 50 <= high else "the judge leans to one place"

@@ -205,6 +205,24 @@ def test_what_a_judge_did_not_answer_is_seen(
     assert "\u202e" not in page
 
 
+def test_votes_that_say_nothing_are_seen(artifact: Any, chat_server: Callable[..., Any], tmp_path: Path) -> None:
+    replies: dict[str, int] = {}
+
+    def reply(body: dict[str, Any], _: int) -> str:
+        text = body["messages"][0]["content"]
+        replies[text] = replies.get(text, 0) + 1
+        return "hm" if replies[text] == 1 else "[[A]]" if text.split("|")[1] > text.split("|")[2] else "[[B]]"
+
+    judging = {"verdict": "text", "endpoint": {"url": chat_server(reply).url, "model": "m", **FAST}, **SHORT}
+    settings = validate(JudgeStage, {"judging": {**judging, "votes": 3, "temperature": 0.7}}, "x")
+    artifact.run("judge", settings, write_judged(tmp_path / "in", [("b", "a"), ("c", "a")]), tmp_path / "out")
+    run, page = report(tmp_path / "out", "votes")
+    assert {loss.name: loss.count for loss in list_losses(run)} == {"votes_unparsed": 4}
+    assert "4 of 12 votes said nothing; the others decided." in describe_stage(run)
+    assert "the other votes on the question decide" in page
+    assert "of 3 votes 1 unparsed" in page
+
+
 def test_answers_before_and_after_their_revision(
     artifact: Any, chat_server: Callable[..., Any], hostile: str, tmp_path: Path
 ) -> None:
@@ -302,6 +320,7 @@ def test_every_count_of_a_loss_has_a_meaning(artifact: Any, tmp_path: Path) -> N
         "dropped_unparsed": "found no answer",
         "votes_timeout": "the other votes",
         "dropped_unmarkable": "mark",
+        "sft/left_over": "never drawn",
         "holdout_dropped_empty_step": "no text",
     }
     for word, meaning in words.items():
