@@ -147,8 +147,8 @@ def get_differences(rows: Sequence[Mapping[str, Any]], arm: str, control: str, p
 
 
 def build_claims(rows: Sequence[Mapping[str, Any]], where: str = "") -> list[dict[str, Any]]:
-    """Every arm against NTP; ReMiT and our own against the other arms of the first cycle, and each cycle against the one
-    before it. `where` names a study."""
+    """Every arm against NTP; ReMiT and our own against the other arms of the first cycle, and each cycle against
+    the one before it. `where` names a study."""
     ntp = Arm(0, "ntp").label
     labels = list(dict.fromkeys(label for row in rows for label in row["scores"]))
     pairs = [(label, ntp) for label in labels if label != ntp]
