@@ -106,7 +106,7 @@ def build_text(text: str, limit: int = MAX_TEXT) -> str:
     return f"<pre>{esc(text[:limit])}{more}</pre>" if text else '<pre class="quiet">(nothing)</pre>'
 
 
-def _build_answer(item: Item, heading: str) -> str:
+def build_answer(item: Item, heading: str) -> str:
     """One model text with its verdict, and the verdicts of the sampled answers as dots."""
     verdict, words = ("right", "✓ right") if item.greedy_correct else ("wrong", "✗ wrong")
     if item.greedy_status not in (
@@ -144,13 +144,13 @@ def _build_samples(item: Item) -> str:
 
 def _build_item(transition: Transition, sides: Sides, extra_html: str) -> str:
     item, outcome = transition.after, transition.outcome
-    before = "" if transition.before is None else _build_answer(transition.before, sides.before)
+    before = "" if transition.before is None else build_answer(transition.before, sides.before)
     tag = f'<span class="tag {outcome}">{esc(sides.outcomes[outcome])}</span>'
     return (
         f'<article class="item" data-outcome="{outcome}"><header><code>{esc(item.id)}</code> {tag}</header>'
         f"<h5>prompt</h5>{build_text(item.prompt)}"
         f'<p>expected answer: <code>{esc(item.answer)}</code></p><div class="answers">'
-        f"{before}{_build_answer(item, sides.after)}{extra_html}</div></article>"
+        f"{before}{build_answer(item, sides.after)}{extra_html}</div></article>"
     )
 
 
@@ -181,7 +181,7 @@ def _build_benchmark(
     items = []
     for one in _select(transitions, sides.outcomes):
         other = control.get((name, str(one.after.id)))
-        extra = "" if other is None else _build_answer(other, f"control {CONTROL.label}, after RL")
+        extra = "" if other is None else build_answer(other, f"control {CONTROL.label}, after RL")
         items.append(_build_item(one, sides, extra))
     return build_details(summary, "".join(items), is_open=is_open)
 

@@ -8,6 +8,7 @@ import json
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 
 from polm.errors import StoreError
 from polm.report.html import SECTIONS, build_report, write_report
-from polm.report.load import load_run
+from polm.report.load import Item, load_run
+from polm.report.sections_samples import build_answer
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -124,6 +126,14 @@ def test_hostile_text_everywhere_stays_text(build_run: Callable[..., Path], host
     assert "\u2066" not in page
     text = "".join(parser.text)
     assert "</script><img src=x onerror=alert(1)>\"'`&lt; ⟨U+202E⟩desrever⟨U+2066⟩ ⟨U+0000⟩⟨U+001B⟩[31mred" in text
+
+
+def test_an_answer_without_a_verdict_is_not_called_wrong() -> None:
+    item = Item("addition", 1, "2 + 2 =", "4", "a timeout", "timeout", 0.0)
+    section = build_answer(item, "after")
+    assert "no verdict: timeout" in section
+    assert "wrong" not in section
+    assert "✗ wrong" in build_answer(replace(item, greedy_status="wrong"), "after")
 
 
 def test_one_seed_is_no_result(build_run: Callable[..., Path]) -> None:
