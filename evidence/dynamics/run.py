@@ -38,7 +38,6 @@ from polm.engine.device import set_threads
 from polm.engine.fit import fit
 from polm.engine.score import score_top_k
 from polm.evals.claims import build_claim, write_claims
-from polm.evals.statistics import compute_t_interval
 from polm.flywheel.graph import build_graph
 from polm.flywheel.runner import Plan, build_plan, run_graph
 from polm.models.loading import load_model
@@ -215,7 +214,7 @@ def build_claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Divergence by class along both phases, mean and 95 % t interval over the seeds."""
+    """Divergence by class along both phases: thin lines are seeds, thick ones their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, phase in zip(axes, ("pretrain", "midtrain"), strict=True):
         for i, name in enumerate(CLASSES):
@@ -225,11 +224,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     if one["phase"] == phase:
                         values[one["update"]].append(one[name])
             places = sorted(values)
-            intervals = [compute_t_interval(values[u]) for u in places]
             axis.plot(places, [np.mean(values[u]) for u in places], marker="osD^vP"[i], color=f"C{i}", label=name)
-            axis.fill_between(
-                places, [x.low95 for x in intervals], [x.high95 for x in intervals], color=f"C{i}", alpha=0.15, lw=0
-            )
+            for seed in range(len(rows)):
+                axis.plot(places, [values[u][seed] for u in places], color=f"C{i}", alpha=0.35, lw=0.8)
         axis.set_title("pre-training" if phase == "pretrain" else "annealing")
         axis.set_xlabel("updates")
         axis.set_yscale("log")
