@@ -13,7 +13,10 @@ from polm.report.load import Run
 # What a count of a ledger means, by a part of its name; the first that is found counts.
 MEANINGS: tuple[tuple[str, str], ...] = (
     (r"columns_ignored/", "records that have this column, which nothing reads"),
-    (r"pairs_prompts_differ", "pairs whose answers are to different prompts; a stage that trains on them refuses them"),
+    (
+        r"pairs_prompts_differ",
+        "pairs whose answers are to different prompts; a stage that trains on them refuses them, or drops them",
+    ),
     (r"prompts_differ", "pairs whose answers are to different prompts: nothing to compare, so left out"),
     (r"^calls_", "calls of the reward function for many answers failed, and each answer was judged on its own"),
     (r"^votes_", "votes of a judge that say nothing; the other votes on the question decide"),
