@@ -177,7 +177,8 @@ def compare_sides(first: Side, second: Side) -> Differences:
     if not pairs:
         raise StoreError(
             f"nothing to compare: {_describe_side(first)}; {_describe_side(second)}. "
-            "Two sides need a common arm, cycle and seed, evaluated at the same point"
+            "Two sides need a common arm, cycle and seed, evaluated at the same point. The control "
+            f"{CONTROL_NAME} is of cycle 0: `polm report` compares each arm of a run with it"
         )
     other_seeds = _find_seeds_without_items(pairs)
     matches = _match_benchmarks(first, second, pairs, other_seeds)
