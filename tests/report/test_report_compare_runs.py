@@ -235,7 +235,7 @@ def test_two_arms_of_one_run(small_run: Path) -> None:
     assert found.k == 4
     with pytest.raises(StoreError, match="no arm 'rho'; its arms are: ntp, remit, rho1"):
         compare_arms(run, "rho", "remit")
-    with pytest.raises(StoreError, match="nothing to compare: .* `polm report` compares each arm of a run with it"):
+    with pytest.raises(StoreError, match=r"nothing to compare: .* `polm report` compares each arm of a run with it"):
         compare_arms(run, "ntp", "remit")  # no cycle in common; the report has that comparison
     with pytest.raises(StoreError, match="names one arm twice"):
         compare_arms(run, "remit", "remit")
