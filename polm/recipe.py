@@ -167,8 +167,8 @@ class RecordSettings(PackedSettings):
 
     bad_records: Literal["error", "drop"] = Field(
         "error",
-        description="a pair whose prompts differ, an answer of which the template leaves nothing, a conversation that "
-        "it does not let be marked, an empty step",
+        description="a record that refers to media, a pair whose prompts differ, an answer of which the template "
+        "leaves nothing, a conversation that it does not let be marked, an empty step",
         json_schema_extra={"semantic": "if given"},
     )
 

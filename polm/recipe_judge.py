@@ -190,7 +190,7 @@ class JudgeStage(Settings):
     num_prompts: int = Field(0, ge=0, description="at most so many prompts (relabel: records), drawn; 0 = all")
     bad_records: Literal["error", "drop"] = Field(
         "error",
-        description="relabel: a pair whose prompts differ, or that refers to media",
+        description="relabel: a pair whose prompts differ, a record that refers to media",
         json_schema_extra={"semantic": "if given"},
     )
     samples: int = Field(4, ge=2, description="sample: answers to each prompt")

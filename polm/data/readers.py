@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from polm.data.records import Prompt as Prompt
 from polm.errors import BadRecordError, DataError, MediaError, StoreError
 
 Judged = TypeVar("Judged", Preference, Feedback, Stepwise)
+Built = TypeVar("Built")
 CONVERSATION_FORMATS = ", ".join(format.example for format in FORMATS.values() if format.kind is Conversation)
 
 
@@ -52,14 +53,16 @@ def read_documents(path: Path) -> list[str]:
     return [document.text for document in iterate_documents(path)]
 
 
-def iterate_conversations(path: Path) -> Iterator[Conversation]:
+def iterate_conversations(path: Path, on_bad: OnBad | None = None) -> Iterator[Conversation]:
     """Reads conversations; each row may have a format of its own (see CONVERSATION_FORMATS).
 
+    One that refers to images or other media is handed to `on_bad` and left out.
+
     Raises:
-        DataError: an unknown layout, an unknown role, contents that are not text, records that refer to images or
-            other media, or a conversation in which the assistant says nothing.
+        DataError: an unknown layout, an unknown role, contents that are not text, or a conversation in which the
+            assistant says nothing; without `on_bad` also one that would be left out.
     """
-    return (_build_conversation(f"{path}:{line}", row) for line, row in read_rows(path))
+    return _build_good(path, _build_conversation, on_bad)
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -77,15 +80,7 @@ def iterate_preferences(path: Path, on_bad: OnBad | None = None) -> Iterator[Pre
     Raises:
         DataError: an unknown layout, weights; without `on_bad` also a pair that would be left out.
     """
-    for line, row in read_rows(path):
-        try:
-            pair = _check(f"{path}:{line}", row, build_preference(f"{path}:{line}", row))
-        except BadRecordError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
-        else:
-            yield pair
+    return _build_good(path, lambda place, row: _check(place, row, build_preference(place, row)), on_bad)
 
 
 def read_preferences(path: Path, on_bad: OnBad | None = None) -> list[Preference]:
@@ -93,15 +88,17 @@ def read_preferences(path: Path, on_bad: OnBad | None = None) -> list[Preference
     return list(iterate_preferences(path, on_bad))
 
 
-def iterate_feedback(path: Path) -> Iterator[Feedback]:
-    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label."""
-    places = ((f"{path}:{line}", row) for line, row in read_rows(path))
-    return (_check(place, row, build_feedback(place, row)) for place, row in places)
+def iterate_feedback(path: Path, on_bad: OnBad | None = None) -> Iterator[Feedback]:
+    """Reads replies with a label each: {"prompt", "completion", "label"}, or messages and a label.
+
+    One that refers to images or other media is handed to `on_bad` and left out, or raises its error without.
+    """
+    return _build_good(path, lambda place, row: _check(place, row, build_feedback(place, row)), on_bad)
 
 
-def read_feedback(path: Path) -> list[Feedback]:
+def read_feedback(path: Path, on_bad: OnBad | None = None) -> list[Feedback]:
     """All of `iterate_feedback`."""
-    return list(iterate_feedback(path))
+    return list(iterate_feedback(path, on_bad))
 
 
 def is_feedback(path: Path) -> bool:
@@ -109,10 +106,12 @@ def is_feedback(path: Path) -> bool:
     return any(row.get("label") is not None for _, row in islice(read_rows(path), 1))
 
 
-def read_stepwise(path: Path) -> list[Stepwise]:
-    """Reads replies in steps with a label a step: {"prompt", "completions", "labels"}."""
-    places = ((f"{path}:{line}", row) for line, row in read_rows(path))
-    return [_check(place, row, build_stepwise(place, row)) for place, row in places]
+def read_stepwise(path: Path, on_bad: OnBad | None = None) -> list[Stepwise]:
+    """Reads replies in steps with a label a step: {"prompt", "completions", "labels"}.
+
+    One that refers to images or other media is handed to `on_bad` and left out, or raises its error without.
+    """
+    return list(_build_good(path, lambda place, row: _check(place, row, build_stepwise(place, row)), on_bad))
 
 
 def read_prompts(path: Path, *, judged: bool = True) -> list[Prompt]:
@@ -162,6 +161,19 @@ def has_answers(path: Path) -> bool:
 def read_any_prompts(path: Path) -> Sequence[Prompt | list[Message]]:
     """`read_prompts` of a file with answers, `read_prompt_messages` of one without."""
     return read_prompts(path) if has_answers(path) else read_prompt_messages(path)
+
+
+def _build_good(path: Path, build: Callable[[str, Row], Built], on_bad: OnBad | None) -> Iterator[Built]:
+    """The records of a file; what cannot be learned from is handed to `on_bad` and left out, or raised without."""
+    for line, row in read_rows(path):
+        try:
+            record = build(f"{path}:{line}", row)
+        except BadRecordError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+        else:
+            yield record
 
 
 def _build_conversation(place: str, row: Row) -> Conversation:

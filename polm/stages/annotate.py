@@ -68,10 +68,11 @@ def _build_trees(settings: AnnotateSettings, context: Context, model: Base, ledg
         )
     more: dict[str, Any] = {"context": limit, "too_long": settings.too_long, "bad_records": settings.bad_records}
     more |= {"ledger": ledger, "folder": context.workdir}
+    on_bad = partial(drop_bad_record, settings.bad_records, ledger)
     if settings.data == "preferences":
-        pairs = iterate_preferences(file, partial(drop_bad_record, settings.bad_records, ledger))
-        return build_preference_trees(model.tokenizer, pairs, **more)
-    return build_conversation_trees(model.tokenizer, iterate_conversations(file), train_on=settings.train_on, **more)
+        return build_preference_trees(model.tokenizer, iterate_preferences(file, on_bad), **more)
+    talks = iterate_conversations(file, on_bad)
+    return build_conversation_trees(model.tokenizer, talks, train_on=settings.train_on, **more)
 
 
 STAGE = Stage(

@@ -25,7 +25,7 @@ from polm.data.readers import (
 from polm.data.records import Prompt
 from polm.data.word_problems import build_word_problems_dataset
 from polm.demo.corpus import build_demo_dataset
-from polm.errors import DataError
+from polm.errors import BadRecordError, DataError
 from polm.recipe_data import DataStage, DemoData, FilesData, FolderData, WordProblemsData
 from polm.rewards.verify import VERIFIERS
 from polm.stages.common import Context, Stage, StageResult
@@ -38,6 +38,14 @@ READERS: dict[str, Callable[[Path], Iterable[object]]] = {
     "feedback.jsonl": iterate_feedback,
     "stepwise.jsonl": read_stepwise,
     "prompts.jsonl": read_any_prompts,
+}
+
+# Files of a folder whose bad records are copied, and counted by this word: the stage that learns from them decides.
+COUNTED = {
+    "sft.jsonl": ("conversations", iterate_conversations),
+    "preferences.jsonl": ("pairs", iterate_preferences),
+    "feedback.jsonl": ("answers", iterate_feedback),
+    "stepwise.jsonl": ("solutions", read_stepwise),
 }
 
 
@@ -97,9 +105,10 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
     if not source.is_dir():
         raise DataError(f"no data set folder at {source}; it should hold {', '.join(READERS)} and benchmarks/*.jsonl")
     files: dict[str, Any] = {}
-    bad: Counter[str] = Counter()  # copied all the same: the stage that learns from them has a setting, bad_records
-    pairs = partial(iterate_preferences, on_bad=lambda error: bad.update([error.reason]))
-    readers: dict[str, Callable[[Path], Iterable[object]]] = {**READERS, "preferences.jsonl": pairs}
+    bad: Counter[str] = Counter()
+    readers = dict(READERS)
+    for name, (word, read_good) in COUNTED.items():
+        readers[name] = partial(read_good, on_bad=partial(_count_bad, bad, word))
     for name, read in readers.items():
         if (source / name).is_file():
             files[name] = {"num_records": sum(1 for _ in read(source / name))}
@@ -113,9 +122,13 @@ def copy_folder(source: Path, out: Path) -> dict[str, Any]:
             files[f"benchmarks/{name}.jsonl"] = {"num_records": len(items)}
         shutil.copytree(source / "benchmarks", out / "benchmarks", dirs_exist_ok=True)
     summary = {"files": files, "ledger": {"records": sum(info["num_records"] for info in files.values())}}
-    summary["ledger"] |= {f"pairs_{reason}": count for reason, count in bad.items()}
+    summary["ledger"] |= dict(bad)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _count_bad(bad: Counter[str], word: str, error: BadRecordError) -> None:
+    bad[f"{word}_{error.reason}"] += 1
 
 
 STAGE = Stage(

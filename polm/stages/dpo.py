@@ -101,7 +101,7 @@ def _build_trees(settings: DPOSettings, context: Context, base: Base, ledger: Le
     either = ("feedback.jsonl", "preferences.jsonl")
     file = input_file(context, "data", next((name for name in either if (given / name).is_file()), either[0]))
     if is_feedback(file):
-        trees = build_feedback_trees(base.tokenizer, iterate_feedback(file), **how)
+        trees = build_feedback_trees(base.tokenizer, iterate_feedback(file, on_bad), **how)
     else:
         trees = build_preference_trees(base.tokenizer, iterate_preferences(file, on_bad), **how)
     if ANSWER_LOSSES[settings.loss].mismatched:

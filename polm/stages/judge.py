@@ -22,6 +22,7 @@ from polm.data.readers import (
     read_prompt_messages,
     write_jsonl,
 )
+from polm.data.records import Feedback
 from polm.errors import DataError, RecipeError, UserError
 from polm.evals.statistics import compute_wilson_interval
 from polm.recipe_judge import BESIDE, JudgeStage
@@ -63,12 +64,14 @@ def run(settings: JudgeStage, context: Context) -> StageResult:
     given = Path(context.inputs["data"])
     file = input_file(context, "data", next((name for name in names if (given / name).is_file()), names[0]))
     judge = _open_judge(settings, context, None)
-    if is_feedback(file):
-        return _relabel_answers(settings, context, judge, file, ledger)
-    records = read_preferences(file, partial(drop_bad_record, settings.bad_records, ledger))
+    on_bad = partial(drop_bad_record, settings.bad_records, ledger)
+    answers = read_feedback(file, on_bad) if is_feedback(file) else None
+    pairs = read_preferences(file, on_bad) if answers is None else []
     if settings.bad_records == "drop":
-        ledger["read"] += len(records)
-    pairs = _draw(records, settings)
+        ledger["read"] += len(pairs if answers is None else answers)
+    if answers is not None:
+        return _relabel_answers(settings, context, judge, _draw(answers, settings), ledger)
+    pairs = _draw(pairs, settings)
     items = _give_principles([PairItem(p.prompt, p.chosen, p.rejected) for p in pairs], settings, context)
     return _rank_pairs(settings, context, judge, items, ledger, are_labelled=True)
 
@@ -209,10 +212,9 @@ def _rank_pairs(
 
 
 def _relabel_answers(
-    settings: JudgeStage, context: Context, judge: Judge, file: Path, ledger: Counter[str]
+    settings: JudgeStage, context: Context, judge: Judge, records: Sequence[Feedback], ledger: Counter[str]
 ) -> StageResult:
     """Grade judged answers anew, and say how often the judge agrees with the given labels."""
-    records = _draw(read_feedback(file), settings)
     flat = [(record.prompt, record.completion) for record in records]
     verdicts = _grade(judge, flat)
     ledger["answers"] = len(records)

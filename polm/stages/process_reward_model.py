@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from polm.data.examples import Ledger
+from polm.data.examples import Ledger, drop_bad_record
 from polm.data.holdout import split_holdout
 from polm.data.readers import read_stepwise, write_json, write_jsonl
 from polm.data.records import Stepwise
@@ -44,9 +45,10 @@ def run(settings: ProcessRewardModelSettings, context: Context) -> StageResult:
     base = load_scalar_learner(context, context.inputs["base"], settings.adapter, head)
     base.model.config.id2label, base.model.config.label2id = {0: "wrong", 1: "right"}, {"wrong": 0, "right": 1}
     setattr(base.model.config, SEPARATOR_FIELD, settings.separator)
-    records = read_stepwise(input_file(context, "data", "stepwise.jsonl"))
-    train_records, held_records = split_holdout(records, settings.holdout_share, settings.seed)
     ledger, held_ledger = new_ledger(), new_ledger()
+    on_bad = partial(drop_bad_record, settings.bad_records, ledger)
+    records = read_stepwise(input_file(context, "data", "stepwise.jsonl"), on_bad)
+    train_records, held_records = split_holdout(records, settings.holdout_share, settings.seed)
     trees = _build_trees(settings, base, train_records, ledger, last_only=settings.last_step_only)
     held_trees = _build_trees(settings, base, held_records, held_ledger) if held_records else []
     add_ledger(ledger, held_ledger, "holdout")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from polm.data.examples import build_conversation_trees
+from polm.data.examples import build_conversation_trees, drop_bad_record
 from polm.data.readers import iterate_conversations
 from polm.objectives.dft import build_dft
 from polm.objectives.ntp import build_ntp
@@ -32,7 +33,9 @@ def run(settings: SFTSettings, context: Context) -> StageResult:
     ledger = new_ledger()
     trees = build_conversation_trees(
         base.tokenizer,
-        iterate_conversations(input_file(context, "data", "sft.jsonl")),
+        iterate_conversations(
+            input_file(context, "data", "sft.jsonl"), partial(drop_bad_record, settings.bad_records, ledger)
+        ),
         context=min(settings.bin_tokens, base.max_positions),
         too_long=settings.too_long,
         train_on=settings.train_on,

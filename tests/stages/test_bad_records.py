@@ -10,7 +10,13 @@ import pytest
 from polm.data.readers import write_jsonl
 from polm.errors import DataError, ModelError
 from polm.models.loading import load_model, load_tokenizer, save_model
-from polm.recipe import AnnotateSettings, DPOSettings, RewardModelSettings, SFTSettings
+from polm.recipe import (
+    AnnotateSettings,
+    DPOSettings,
+    ProcessRewardModelSettings,
+    RewardModelSettings,
+    SFTSettings,
+)
 from polm.recipe_data import DataStage, FilesData, FolderData, MixedSource
 
 SMALL: dict[str, Any] = {"bin_tokens": 192, "precision": "fp32", "updates": 1}
@@ -110,6 +116,40 @@ def test_judged_answers_and_conversations(artifact: Any, bare: str, tmp_path: Pa
         artifact.run("sft", SFTSettings(**SMALL), inputs, tmp_path / "refused")
     ledger = artifact.run("sft", SFTSettings(**SMALL, bad_records="drop"), inputs, tmp_path / "sft")["ledger"]
     assert (ledger["read"], ledger["kept"], ledger["dropped_empty"]) == (3, 2, 1)
+
+
+MEDIA: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "sft.jsonl": ("sft", SFTSettings(**SMALL), {"prompt": "add 1 .", "completion": "1"}),
+    "feedback.jsonl": (
+        "dpo",
+        DPOSettings(**SMALL, loss="bco"),
+        {"prompt": "add 1 .", "completion": "1", "label": True},
+    ),
+    "stepwise.jsonl": (
+        "process_reward_model",
+        ProcessRewardModelSettings(**SMALL, separator=";", holdout_share=0.0),
+        {"prompt": "add 1 .", "completions": ["1", "2"], "labels": [1, 0]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_records_that_refer_to_media(name: str, artifact: Any, tmp_path: Path) -> None:
+    """A folder is copied with them, counted; the stage that learns from it refuses them, or leaves them out."""
+    stage, settings, row = MEDIA[name]
+    second = {**row, "label": False} if "label" in row else row
+    write_jsonl(tmp_path / "mine" / name, [row, {**row, "image": "a.png"}, second])
+    data = DataStage(data=FolderData(source="folder", path=tmp_path / "mine"))
+    copied = artifact.run("data", data, {}, tmp_path / "copied")["ledger"]
+    assert copied.pop("records") == 2
+    assert list(copied.values()) == [1]
+    assert next(iter(copied)).endswith("_media")
+    inputs = {"base": str(artifact("sft")), "data": str(tmp_path / "copied")}
+    with pytest.raises(DataError, match=rf"{name}:2: the record refers to image: a.png.* set bad_records: drop"):
+        artifact.run(stage, settings, inputs, tmp_path / "refused")
+    dropping = settings.model_copy(update={"bad_records": "drop"})
+    ledger = artifact.run(stage, dropping, inputs, tmp_path / "out")["ledger"]
+    assert (ledger["read"], ledger["kept"], ledger["dropped"], ledger["dropped_media"]) == (3, 2, 1, 1)
 
 
 def test_a_reference_scored_beforehand_leaves_out_the_same(artifact: Any, tmp_path: Path) -> None:

@@ -88,10 +88,6 @@ def test_a_folder_whose_pairs_refer_to_images(artifact: Any, tmp_path: Path) -> 
     dropping = settings.model_copy(update={"bad_records": "drop"})
     ledger = artifact.run("dpo", dropping, inputs, tmp_path / "dpo")["ledger"]
     assert (ledger["read"], ledger["kept"], ledger["dropped"], ledger["dropped_media"]) == (5, 4, 1, 1)
-    steps = {"prompt": "q", "completions": ["a"], "labels": [1], "video": "v"}
-    write_jsonl(tmp_path / "mine" / "stepwise.jsonl", [steps])
-    with pytest.raises(DataError, match=r"stepwise.jsonl:1: the record refers to video: v"):
-        copy(tmp_path / "mine", tmp_path / "again")
 
 
 def test_columns_of_prompts_reach_the_folder(tmp_path: Path) -> None:
