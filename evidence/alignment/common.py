@@ -20,6 +20,7 @@ from polm.config import Settings
 from polm.data.packing import mix_seed
 from polm.data.readers import read_prompts, write_jsonl
 from polm.engine.annotate import annotate_trees
+from polm.engine.device import use_bf16
 from polm.flywheel.store import Work, collect_versions, execute, external_key
 from polm.recipe import ModelShape, PretrainSettings, SFTSettings, TokenizerSettings
 from polm.rollout.generate import Completion, SamplingParams, generate
@@ -53,7 +54,7 @@ SFT = {
 PAIR_SAMPLES, MEASURE = 11, 12
 
 
-def _silent(line: object) -> None:
+def silent(line: object) -> None:
     del line
 
 
@@ -61,14 +62,14 @@ def _silent(line: object) -> None:
 
 
 def run_stage(
-    name: str, folder: Path, settings: Settings | Mapping[str, Any], report: Report = _silent, **inputs: Path
+    name: str, folder: Path, settings: Settings | Mapping[str, Any], report: Report = silent, **inputs: Path
 ) -> Path:
     """Run a stage of polm into `folder`, unless it is there; returns the folder. `report` gets its lines."""
     stage = STAGES[name]
     typed = settings if isinstance(settings, Settings) else stage.settings.model_validate(dict(settings))
     given = {role: str(path) for role, path in inputs.items()}
     keys = {role: external_key(path) for role, path in given.items()}
-    execute(Work(stage, typed, given, keys, folder), Context(folder, given, report, _silent))
+    execute(Work(stage, typed, given, keys, folder), Context(folder, given, report, silent))
     return folder
 
 
@@ -229,10 +230,13 @@ def read_row(path: Path) -> dict[str, Any]:
 
 
 def write_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Write the file of a seed, whole or not at all."""
+    """Write the file of a seed, whole or not at all. `bf16` says whether training multiplied in it here, as
+    `precision: auto` has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({**row, "versions": collect_versions()}, indent=1) + "\n")
+    temporary.write_text(
+        json.dumps({**row, "versions": collect_versions(), "bf16": use_bf16("auto", "cpu")}, indent=1) + "\n"
+    )
     temporary.replace(path)
 
 

@@ -15,13 +15,19 @@ from pathlib import Path
 from types import ModuleType
 
 import constitution
+import fine_tuning
+import importance
+import judged
 import losses
 import matplotlib
 import overoptimisation
 import own_answers
+import principles
 import reft
+import reward_kinds
 import reward_model
 import rlaif
+import steps
 from common import HERE, RUNS, read_row, write_row
 
 from polm.evals.claims import write_claims
@@ -29,12 +35,18 @@ from polm.evals.claims import write_claims
 matplotlib.use("Agg")
 
 PARTS: dict[str, ModuleType] = {
+    "fine_tuning": fine_tuning,
     "losses": losses,
     "overoptimisation": overoptimisation,
     "own_answers": own_answers,
+    "importance": importance,
     "reward_model": reward_model,
+    "reward_kinds": reward_kinds,
+    "steps": steps,
     "rlaif": rlaif,
+    "judged": judged,
     "constitution": constitution,
+    "principles": principles,
     "reft": reft,
 }
 

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 import polm
 
@@ -62,6 +63,48 @@ def test_the_result_is_what_the_seeds_say(script: ModuleType) -> None:
     for part in script.PARTS.values():
         mine = part.build_claims()
         assert not mine or part.write_table(mine).strip() in text
+
+
+def test_degrees_belong_to_the_verdicts_of_the_same_labeller(script: ModuleType) -> None:
+    """The verdict of `label_pairs` is the sign of the difference that the degree is read from; 0 where it is small."""
+    kinds = script.PARTS["reward_kinds"]
+    noise = kinds.NOISE
+    for difference, draw in ((2.0, 0.3), (2.0, 0.95), (-1.0, 0.1), (0.0, 0.5), (4.0, 0.5)):
+        seen = difference - noise * np.log(draw / (1 - draw))
+        assert (draw < 1 / (1 + np.exp(-difference / noise))) == (seen > 0)
+        assert kinds.read_degree(difference, draw) == int(np.searchsorted(kinds.CUTS, abs(seen), side="right"))
+    assert kinds.read_degree(0.0, 0.5) == 0
+    assert kinds.read_degree(4.0, 0.5) == 3
+
+
+def test_steps_are_right_up_to_the_first_that_is_not(script: ModuleType) -> None:
+    steps = script.PARTS["steps"]
+    solution = "steps 7 + 8 = 15 , 4 + 3 + 1 = 8 #### 85"
+    assert steps.split_solution(solution) == ["steps 7 + 8 = 15", "4 + 3 + 1 = 8", "#### 85"]
+    wrong = steps.split_solution("steps 7 + 8 = 16 , 4 + 3 + 1 = 8 #### 85 , 9")
+    assert steps.label_steps(wrong, solution) == [False, False, False, False]
+    late = steps.split_solution("steps 7 + 8 = 15 , 4 + 3 + 1 = 8 #### 86")
+    assert steps.label_steps(late, solution) == [True, True, False]
+
+
+def test_votes_weigh_final_answers(script: ModuleType) -> None:
+    steps = script.PARTS["steps"]
+    item = steps.Item("add", "add 1 and 2 .", "1 + 2 = 3 #### 3", "3")
+    answers = steps.Answers([item], [["a #### 3", "b #### 4", "c #### 4", "d"]])
+    assert steps.vote(answers, np.ones((1, 4)), 4) == 0.0
+    assert steps.vote(answers, np.array([[0.9, 0.4, 0.4, 0.0]]), 4) == 1.0
+    assert steps.vote(answers, np.ones((1, 4)), 2) == pytest.approx(0.25)  # one of two drawn; then 4 or nothing
+
+
+def test_rounded_weights_are_levels_and_come_back(script: ModuleType) -> None:
+    importance = script.PARTS["importance"]
+    rows = torch.tensor([[0.9, -0.31, 0.1], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(importance.round_rows(rows, 3), torch.tensor([[0.9, -0.3, 0.0], [0.0, 0.0, 0.0]]))
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+    before = layer[0].weight.detach().clone()
+    with importance.rounded_weights(layer, 2):
+        assert len(layer[0].weight[0].unique()) <= 3
+    assert torch.equal(layer[0].weight, before)
 
 
 def test_tables_are_put_where_their_marks_are(script: ModuleType, tmp_path: Path) -> None:
