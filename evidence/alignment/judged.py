@@ -33,7 +33,6 @@ from common import (
     describe_against,
     load,
     measure,
-    prepare,
     read_questions,
     read_row,
     read_rows,
@@ -158,6 +157,14 @@ def train(world: World, family: str, rate: float) -> dict[str, tuple[Path, Path 
     return {"m0": (start_self(world), None), **rounds, "coin": (coin, None)}
 
 
+def compute_judging(world: World, arm: str, model: Path) -> float:
+    """Agreement with gold of a model's grades of the 600 pairs that the other parts have noisy people label."""
+    settings = {"seed": world.seed, "mode": "relabel", "by": "scores", "judging": JUDGING}
+    pairs = world.folder / "pairs" / "preferences.jsonl"
+    labels = run_stage("judge", world.folder / PART / f"judging-{arm}", settings, data=pairs, judge=model)
+    return rlaif.compute_agreement(labels / "preferences.jsonl")
+
+
 def describe_family(world: World, family: str, rate: float) -> dict[str, dict[str, float]]:
     """Every arm against the SFT model (`direct`, `labels`) or m0 (the others), and what the judge's pairs are worth."""
     prompts = read_questions(world.data / "held_out")
@@ -169,6 +176,7 @@ def describe_family(world: World, family: str, rate: float) -> dict[str, dict[st
         found[arm] = describe_against(mine, control, start, prompts)
         if arm in STEPS:
             found[arm]["win_rate_previous"] = compare(mine, previous)
+            found[arm]["judging"] = compute_judging(world, arm, folder)
             previous = mine
         if pairs is not None:
             found[arm]["agreement"] = rlaif.compute_agreement(pairs / "preferences.jsonl")
@@ -177,7 +185,7 @@ def describe_family(world: World, family: str, rate: float) -> dict[str, dict[st
 
 def run(seed: int, path: Path) -> None:
     row = {"seed": seed, **read_row(path)}
-    world = prepare(seed)
+    world, *_ = losses.prepare_pairs(seed)
     for family, rate in CHOSEN.items():
         wanted = [arm for arm in ARMS if (arm == family if family != "self" else arm not in CHOSEN)]
         if all(arm in row["arms"] for arm in wanted):
@@ -193,7 +201,7 @@ def tune(wanted: Sequence[str]) -> None:
     parts = [name.partition(":") for name in wanted]
     pairs = [(family, float(rate)) for family, _, given in parts for rate in ((given,) if given else RATES)]
     for seed in TUNING_SEEDS:
-        world = prepare(seed)
+        world, *_ = losses.prepare_pairs(seed)
         for family, rate in pairs:
             for arm, found in describe_family(world, family, rate).items():
                 cells = [f"{found.get(key, float('nan')):.3f}" for key in ("win_rate", "gold", "kl", "agreement")]
@@ -238,6 +246,10 @@ def build_claims() -> list[dict[str, Any]]:
                 f"self-rewarding: {arm} has a higher gold reward than {before}",
                 golds, arm, before, [a[arm]["gold"] - a[before]["gold"] for a in arms],
             )  # fmt: skip
+            claim(
+                f"self-rewarding: {arm} wins against {before} more often than half, by gold reward",
+                wins, arm, before, [100 * (a[arm]["win_rate_previous"] - 0.5) for a in arms],
+            )  # fmt: skip
     claim(
         "self-rewarding: m1 has a higher gold reward than m0 after DPO on the same pairs turned by a coin",
         golds, "m1", "coin", [a["m1"]["gold"] - a["coin"]["gold"] for a in arms],
@@ -247,19 +259,25 @@ def build_claims() -> list[dict[str, Any]]:
         "agreement with gold (points)", f"m{ITERATIONS}", "m1",
         [100 * (a[STEPS[-1]]["agreement"] - a["m1"]["agreement"]) for a in arms],
     )  # fmt: skip
+    claim(
+        f"self-rewarding: of the same given pairs m{ITERATIONS - 1}, the last judge, judges more as gold does than m0",
+        "agreement with gold on given pairs (points)", STEPS[-2], "m0",
+        [100 * (a[STEPS[-2]]["judging"] - a["m0"]["judging"]) for a in arms],
+    )  # fmt: skip
     return claims
 
 
 def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
     del claims
     rows = read_rows(PART, MY_SEEDS)
-    heads = "pairs agree with gold, % | against | win rate, % | gold | violations | KL, nats"
-    lines = [f"| | {heads} |", "|---" * 7 + "|"]
-    lines.append(f"| SFT | | | | {np.mean([r['sft']['gold'] for r in rows]):.2f} | | |")
+    heads = "its pairs agree with gold, % | judges given pairs as gold, % | against | win rate, %"
+    heads += " | gold | violations | KL, nats"
+    lines = [f"| | {heads} |", "|---" * 8 + "|"]
+    lines.append(f"| SFT | | | | | {np.mean([r['sft']['gold'] for r in rows]):.2f} | | |")
     for arm in ARMS:
         found = [row["arms"][arm] for row in rows if arm in row["arms"]]
         mean = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
-        cells = [f"{100 * mean['agreement']:.1f}" if "agreement" in mean else ""]
+        cells = [f"{100 * mean[key]:.1f}" if key in mean else "" for key in ("agreement", "judging")]
         cells += ["SFT" if arm in CHOSEN else "m0", "" if arm == "m0" else f"{100 * mean['win_rate']:.1f}"]
         cells += [f"{mean['gold']:.2f}", f"{100 * mean['violations']:.0f} %"]
         cells.append("" if arm == "m0" else f"{mean['kl']:.1f}")
