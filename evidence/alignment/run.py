@@ -10,8 +10,6 @@ A seed whose file is in seeds/ is not run again, and a run that was stopped goes
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 
 import constitution
@@ -30,7 +28,7 @@ import rlaif
 import steps
 from common import HERE, RUNS, read_row, write_row
 
-from polm.evals.claims import write_claims
+from polm.evals.claims import fill_tables, write_claims
 
 matplotlib.use("Agg")
 
@@ -62,18 +60,6 @@ def run_seed(module: ModuleType, part: str, seed: int) -> None:
     unfinished.unlink()
 
 
-def fill_readme(path: Path, tables: Mapping[str, str]) -> None:
-    """Put the tables where the README has their marks; a part without results keeps what is there."""
-    text = path.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->\n")
-        if not mark:
-            raise SystemExit(f"{path} has no mark <!-- {name} -->; put it back")
-        _, end, after = rest.partition("<!-- end -->")
-        text = f"{before}{mark}\n{table.strip()}\n\n{end}{after}"
-    path.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     part, *numbers = sys.argv[1:] or ["table"]
     if part != "table":
@@ -87,7 +73,7 @@ def main() -> None:
             print(f"\n{name}\n\n{tables[name]}")
             module.draw(mine)
         claims += mine
-    fill_readme(HERE / "README.md", tables)
+    fill_tables(HERE / "README.md", tables)
     if claims:
         write_claims(HERE / "result.json", claims)
 

@@ -25,9 +25,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from tables import write_tables
 
 from polm.config import load_settings, validate
-from polm.evals.claims import build_claim, write_claims
+from polm.evals.claims import build_claim, fill_tables, write_claims
 from polm.flywheel.graph import Graph, build_graph
 from polm.flywheel.runner import Event, build_plan, run_graph
 from polm.recipe import Recipe
@@ -228,6 +229,7 @@ def main() -> None:
     studies = {kind: build_claims(rows[kind], where=f"{kind}: ") for kind in STUDIES}
     write_claims(HERE / "result.json", [*claims, *(claim for found in studies.values() for claim in found)])
     print(write_table(claims))
+    fill_tables(HERE / "README.md", write_tables(rows["bases"], rows["whole"], claims))
     for kind, found in studies.items():
         print(f"{kind}, {len(rows[kind])} seeds\n{write_table(found) if found else ''}")
     draw(claims, HERE / "figure.png")

@@ -138,3 +138,18 @@ def _list_numbers(value: Any, field: str = "") -> Iterator[tuple[str, float]]:
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in parts:
         yield from _list_numbers(inner, f"{field}.{key}" if field else str(key))
+
+
+def fill_tables(path: Path, tables: Mapping[str, str]) -> None:
+    """Put tables where a README has their marks, `<!-- NAME -->` to `<!-- end -->`; the rest of it stays.
+
+    Raises DataError for a mark that is missing.
+    """
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not mark or not end:
+            raise DataError(f"{path}: no mark <!-- {name} --> with an <!-- end --> after it; put it back")
+        text = f"{before}{mark}\n{table.strip()}\n\n{end}{after}"
+    path.write_text(text, encoding="utf-8")

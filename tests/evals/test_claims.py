@@ -11,7 +11,7 @@ import pytest
 
 import polm
 from polm.errors import DataError
-from polm.evals.claims import Claim, build_claim, read_claims, write_claims
+from polm.evals.claims import Claim, build_claim, fill_tables, read_claims, write_claims
 
 RESULTS = sorted((Path(polm.__file__).parent.parent / "evidence").glob("*/result.json"))
 WORDS = {"metric": "base/greedy (points)", "arm": "remit", "control": "ntp"}
@@ -150,3 +150,18 @@ def test_the_flywheel_follows_from_its_differences(tmp_path: Path) -> None:
         assert again["stderr"] == pytest.approx(claim.stderr, abs=6e-4)
         assert again["interval95"] == pytest.approx(claim.interval95, abs=3e-3)
         assert again["holds"] == claim.holds
+
+
+def test_tables_are_put_where_their_marks_are(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# a\n\n<!-- x -->\n<!-- end -->\n\nb\n\n<!-- y -->\nkept\n<!-- end -->\nc\n")
+    fill_tables(readme, {"x": "| old |\n"})
+    fill_tables(readme, {"x": "| new |\n"})
+    assert readme.read_text() == (
+        "# a\n\n<!-- x -->\n\n| new |\n\n<!-- end -->\n\nb\n\n<!-- y -->\nkept\n<!-- end -->\nc\n"
+    )
+    with pytest.raises(DataError, match="no mark <!-- z -->"):
+        fill_tables(readme, {"z": "| t |"})
+    readme.write_text("<!-- x -->\nwithout an end\n")
+    with pytest.raises(DataError, match="no mark <!-- x --> with an <!-- end -->"):
+        fill_tables(readme, {"x": "| t |"})

@@ -105,15 +105,3 @@ def test_rounded_weights_are_levels_and_come_back(script: ModuleType) -> None:
     with importance.rounded_weights(layer, 2):
         assert len(layer[0].weight[0].unique()) <= 3
     assert torch.equal(layer[0].weight, before)
-
-
-def test_tables_are_put_where_their_marks_are(script: ModuleType, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# a\n\n<!-- x -->\n<!-- end -->\n\nb\n\n<!-- y -->\nkept\n<!-- end -->\nc\n")
-    script.fill_readme(readme, {"x": "| old |\n"})
-    script.fill_readme(readme, {"x": "| new |\n"})
-    assert readme.read_text() == (
-        "# a\n\n<!-- x -->\n\n| new |\n\n<!-- end -->\n\nb\n\n<!-- y -->\nkept\n<!-- end -->\nc\n"
-    )
-    with pytest.raises(SystemExit, match="no mark <!-- z -->"):
-        script.fill_readme(readme, {"z": "| t |"})

@@ -1,0 +1,52 @@
+"""The tables of evidence/remit: what its README and its result say is what the files of the seeds say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import polm
+
+FOLDER = Path(polm.__file__).parent.parent / "evidence" / "remit"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """run.py, which imports a neighbour by its plain name; neither stays behind."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = dict(sys.modules)
+    yield importlib.import_module("run")
+    for name in {path.stem for path in FOLDER.glob("*.py")} - before.keys():
+        sys.modules.pop(name, None)
+
+
+def test_the_result_and_the_tables_are_what_the_seeds_say(script: ModuleType) -> None:
+    """If this fails: `python evidence/remit/run.py table`."""
+    rows = script.read_seeds()
+    claims = script.build_claims([*rows["bases"], *rows["whole"]])
+    studies = {kind: script.build_claims(rows[kind], where=f"{kind}: ") for kind in script.STUDIES}
+    expected = [*claims, *(claim for found in studies.values() for claim in found)]
+    assert json.loads((FOLDER / "result.json").read_text()) == expected
+    text = (FOLDER / "README.md").read_text()
+    for table in script.write_tables(rows["bases"], rows["whole"], claims).values():
+        assert table.strip() in text
+
+
+def test_a_cell_is_mean_and_interval(script: ModuleType) -> None:
+    """Plausible differences of three seeds by hand: mean 2, deviation 1, t(2) = 4.303."""
+    rows = [
+        {"scores": {"ntp · cycle 0": {"base": {"greedy": 0.5}}, "plausible · cycle 1": {"base": {"greedy": value}}}}
+        for value in (0.51, 0.52, 0.53)
+    ]
+    tables = importlib.import_module("tables")
+    by_key = tables.index_claims(script.build_claims(rows))
+    cells = tables.write_cells(by_key, "plausible · cycle 1", tables.NTP, ["base/greedy"])
+    assert cells == ["+2.0 (−0.5 to +4.5)"]
+    assert tables.write_cells(by_key, "rho1 · cycle 1", tables.NTP, ["base/greedy"]) is None
