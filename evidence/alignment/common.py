@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from polm.data.packing import mix_seed
 from polm.data.readers import read_prompts, write_jsonl
 from polm.engine.annotate import annotate_trees
 from polm.engine.device import use_bf16
+from polm.evals.claims import build_claim
 from polm.flywheel.store import Work, collect_versions, execute, external_key
 from polm.recipe import ModelShape, PretrainSettings, SFTSettings, TokenizerSettings
 from polm.rollout.generate import Completion, SamplingParams, generate
@@ -221,6 +222,28 @@ def read_rows(part: str, seeds: Sequence[int] | None = None) -> list[dict[str, A
     wanted = SEEDS if seeds is None else seeds
     paths = [HERE / "seeds" / f"{part}-{seed}.json" for seed in wanted]
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
+def claim_difference(
+    words: str,
+    rows: Sequence[Mapping[str, Mapping[str, float]]],
+    *,
+    key: str,
+    arm: str,
+    control: str,
+    metric: str,
+    scale: float = 1.0,
+    better: Literal["higher", "lower", "either"] = "higher",
+) -> list[dict[str, Any]]:
+    """The claim about `key` of an arm against a control, times `scale`; none with less than two seeds that have both.
+
+    rows   of each seed what was measured, by arm
+    """
+    both = [arms for arms in rows if arm in arms and control in arms]
+    if len(both) < 2:
+        return []
+    differences = [scale * (arms[arm][key] - arms[control][key]) for arms in both]
+    return [build_claim(words, metric=metric, arm=arm, control=control, differences=differences, better=better)]
 
 
 def read_row(path: Path) -> dict[str, Any]:

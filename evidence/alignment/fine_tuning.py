@@ -21,6 +21,7 @@ from common import (
     SFT,
     TUNING_SEEDS,
     Measured,
+    claim_difference,
     describe,
     load,
     measure,
@@ -31,8 +32,6 @@ from common import (
     run_stage,
     write_row,
 )
-
-from polm.evals.claims import build_claim
 
 PART = "fine_tuning"
 MY_SEEDS = (110, 111, 112, 113, 114)
@@ -117,23 +116,20 @@ WORDS = {"dft": "DFT", "neftune": "NEFTune"}
 def build_claims() -> list[dict[str, Any]]:
     """DFT and NEFTune against SFT, by case."""
     rows = [row["arms"] for row in read_rows(PART, MY_SEEDS)]
-    claims = []
+    claims: list[dict[str, Any]] = []
     for case in CASES:
         metrics = dict.fromkeys(("gold", "helpfulness"), ("points of 10", 1.0)) if case == STORIES else {}
         metrics |= {} if case == STORIES else dict.fromkeys(("greedy", "sampled"), ("points", 100.0))
         for arm, words in WORDS.items():
-            mine, other = f"{arm}/{case}", f"sft/{case}"
-            both = [arms for arms in rows if mine in arms and other in arms]
-            for metric, (unit, scale) in metrics.items() if len(both) > 1 else ():
-                claims.append(
-                    build_claim(
-                        f"{case}: {words} is better than SFT, {'gold reward' if metric == 'gold' else metric}",
-                        metric=f"{PART}/{metric} ({unit})",
-                        arm=mine,
-                        control=other,
-                        differences=[scale * (arms[mine][metric] - arms[other][metric]) for arms in both],
-                        better="higher",
-                    )
+            for metric, (unit, scale) in metrics.items():
+                claims += claim_difference(
+                    f"{case}: {words} is better than SFT, {'gold reward' if metric == 'gold' else metric}",
+                    rows,
+                    key=metric,
+                    arm=f"{arm}/{case}",
+                    control=f"sft/{case}",
+                    metric=f"{PART}/{metric} ({unit})",
+                    scale=scale,
                 )
     return claims
 

@@ -23,11 +23,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import reft
 import torch
-from common import HERE, RUNS, SEEDS, compute_logprobs, load, read_row, read_rows, run_stage, sample, write_row
+from common import (
+    HERE,
+    RUNS,
+    SEEDS,
+    claim_difference,
+    compute_logprobs,
+    load,
+    read_row,
+    read_rows,
+    run_stage,
+    sample,
+    write_row,
+)
 from torch import Tensor, nn
 
 from polm.demo.corpus import VERIFIER, build_benchmark
-from polm.evals.claims import build_claim
 from polm.rewards.verify import VerifyItem, verify_many
 from polm.rollout.answers import sample_answers
 from polm.rollout.generate import Completion
@@ -177,7 +188,7 @@ def build_claims() -> list[dict[str, Any]]:
     """Of each stage: what the mismatch costs, what the correction gives back, and each arm against the warm model."""
     rows = [{**row["arms"], "warm": row["warm"]} for row in read_rows(PART, MY_SEEDS)]
     at = f"with a generator of {BITS} bits"
-    claims = []
+    claims: list[dict[str, Any]] = []
     for stage in STAGES:
         corrected, rounded, exact = (f"{stage}/{kind}" for kind in ("corrected", "rounded", "exact"))
         asked = [
@@ -187,17 +198,16 @@ def build_claims() -> list[dict[str, Any]]:
             *((f"{arm} is better than the warm model", arm, "warm", "higher") for arm in (exact, rounded, corrected)),
         ]
         for words, arm, control, better in asked:
-            both = [arms for arms in rows if arm in arms and control in arms]
-            for metric in ("sampled", "greedy") if len(both) > 1 else ():
-                claims.append(
-                    build_claim(
-                        f"{words}, {metric}",
-                        metric=f"{PART}/{metric} (points)",
-                        arm=arm,
-                        control=control,
-                        differences=[100 * (arms[arm][metric] - arms[control][metric]) for arms in both],
-                        better=better,  # type: ignore[arg-type]
-                    )
+            for metric in ("sampled", "greedy"):
+                claims += claim_difference(
+                    f"{words}, {metric}",
+                    rows,
+                    key=metric,
+                    arm=arm,
+                    control=control,
+                    metric=f"{PART}/{metric} (points)",
+                    scale=100.0,
+                    better=better,  # type: ignore[arg-type]
                 )
     return claims
 

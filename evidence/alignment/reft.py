@@ -23,6 +23,7 @@ from common import (
     RUNS,
     SFT,
     SHAPE,
+    claim_difference,
     encode_prompts,
     load,
     read_row,
@@ -35,7 +36,6 @@ from polm.data.packing import mix_seed
 from polm.data.readers import write_jsonl
 from polm.demo.corpus import VERIFIER, build_benchmark, is_held_out
 from polm.demo.tasks import TASKS, Item, corrupt
-from polm.evals.claims import build_claim
 from polm.recipe import PretrainSettings
 from polm.rewards.verify import VerifyItem, verify_many
 from polm.rollout.generate import SamplingParams, generate
@@ -219,21 +219,18 @@ def build_claims() -> list[dict[str, Any]]:
     }
     asked = [("reft", "ReFT", control) for control in names]
     asked += [("grpo", "GRPO", "sft"), ("rft", "SFT on the model's own right answers", "sft")]
-    claims = []
+    claims: list[dict[str, Any]] = []
     for case in CASES:
         for arm, words, control in asked:
-            mine, other = f"{arm}/{case}", f"{control}/{case}"
-            both = [arms for arms in rows if mine in arms and other in arms]
-            for metric in ("greedy", "sampled") if len(both) > 1 else ():
-                claims.append(
-                    build_claim(
-                        f"{case} questions: {words} is better than {names[control]}, {metric}",
-                        metric=f"reft/{metric} (points)",
-                        arm=mine,
-                        control=other,
-                        differences=[100 * (arms[mine][metric] - arms[other][metric]) for arms in both],
-                        better="higher",
-                    )
+            for metric in ("greedy", "sampled"):
+                claims += claim_difference(
+                    f"{case} questions: {words} is better than {names[control]}, {metric}",
+                    rows,
+                    key=metric,
+                    arm=f"{arm}/{case}",
+                    control=f"{control}/{case}",
+                    metric=f"reft/{metric} (points)",
+                    scale=100.0,
                 )
     return claims
 

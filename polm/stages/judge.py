@@ -65,13 +65,10 @@ def run(settings: JudgeStage, context: Context) -> StageResult:
     file = input_file(context, "data", next((name for name in names if (given / name).is_file()), names[0]))
     judge = _open_judge(settings, context, None)
     on_bad = partial(drop_bad_record, settings.bad_records, ledger)
-    answers = read_feedback(file, on_bad) if is_feedback(file) else None
-    pairs = read_preferences(file, on_bad) if answers is None else []
-    if settings.bad_records == "drop":
-        ledger["read"] += len(pairs if answers is None else answers)
-    if answers is not None:
-        return _relabel_answers(settings, context, judge, _draw(answers, settings), ledger)
-    pairs = _draw(pairs, settings)
+    if is_feedback(file):
+        answers = _draw_kept(read_feedback(file, on_bad), settings, ledger)
+        return _relabel_answers(settings, context, judge, answers, ledger)
+    pairs = _draw_kept(read_preferences(file, on_bad), settings, ledger)
     items = _give_principles([PairItem(p.prompt, p.chosen, p.rejected) for p in pairs], settings, context)
     return _rank_pairs(settings, context, judge, items, ledger, are_labelled=True)
 
@@ -114,6 +111,13 @@ def _draw(records: Sequence[Any], settings: JudgeStage) -> list[Any]:
         return list(records)
     order = epoch_order(len(records), mix_seed(settings.seed, JUDGE), 0)[: settings.num_prompts]
     return [records[int(i)] for i in order]
+
+
+def _draw_kept(records: Sequence[Any], settings: JudgeStage, ledger: Counter[str]) -> list[Any]:
+    """`_draw` of what was left of a file; those left out were counted as read when they were met."""
+    if settings.bad_records == "drop":
+        ledger["read"] += len(records)
+    return _draw(records, settings)
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------

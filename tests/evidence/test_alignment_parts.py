@@ -3,10 +3,8 @@ of the seeds say."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -21,14 +19,8 @@ FOLDER = Path(polm.__file__).parent.parent / "evidence" / "alignment"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """run.py. Its modules import each other by their plain names; none of them stays behind."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = dict(sys.modules)
-    yield importlib.import_module("run")
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before.keys():
-        sys.modules.pop(name, None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("alignment")
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,14 +16,8 @@ FOLDER = Path(polm.__file__).parent.parent / "evidence" / "remit"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """run.py, which imports a neighbour by its plain name; neither stays behind."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = dict(sys.modules)
-    yield importlib.import_module("run")
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before.keys():
-        sys.modules.pop(name, None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("remit")
 
 
 def test_the_result_and_the_tables_are_what_the_seeds_say(script: ModuleType) -> None:
