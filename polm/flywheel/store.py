@@ -33,6 +33,7 @@ from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
 from polm.models.adapters import is_adapter_folder, locate_base
 from polm.models.kernels.build import describe_kernels
+from polm.models.kernels.proof import describe_proofs
 from polm.recipe_data import DataStage, FilesData, FolderData, WordProblemsData
 from polm.recipe_rewards import RewardSettings
 from polm.stages.common import Context, Stage, StageResult, model_folder
@@ -242,6 +243,8 @@ def collect_versions() -> dict[str, str]:
     packages += [name for name in ("peft",) if find_spec(name) is not None]
     machine = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count()), "machine": platform.machine()}
     machine["row_kernels"] = describe_kernels()
+    if torch.cuda.is_available():
+        machine |= {"gpu": torch.cuda.get_device_name(), "gpu_kernels": describe_proofs()}
     return {"polm": __version__, **{name: version(name) for name in packages}, **machine}
 
 

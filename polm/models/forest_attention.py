@@ -22,9 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from polm.errors import ModelError
+from polm.models.flex_attention import Segments, attend_flex, build_block_mask, can_flex
 from polm.models.kernels.attention import KERNEL_BLOCK, KernelBlocks, attend_blocks, build_kernel_blocks, can_attend
 from polm.tokens import Array, TokenBatch
 
@@ -119,14 +121,16 @@ class _Group:
 class ForestPlan:
     """How to attend over one `TokenBatch`; built once, used by every layer. Windows go by distance on the path.
 
-    The compiled attention (`kernels/attention.py`) takes its blocks as they are; the batched products need them padded
-    into groups. Each is made when it is first asked for.
+    On a GPU FlexAttention takes a mask (`flex_attention.py`). On a CPU the compiled attention (`kernels/attention.py`)
+    takes the blocks as they are. The batched products, which need them padded into groups, stand in for both. Each is
+    made when it is first asked for.
     """
 
-    def __init__(self, segments: _Segments, num_heads: int, spare: int, device: torch.device, *, round_up: bool):
+    def __init__(self, segments: Segments, num_heads: int, spare: int, device: torch.device, *, round_up: bool):
         self.segments, self.num_heads, self.spare = segments, num_heads, spare
         self.device, self.round_up = device, round_up
         self._bias: dict[int | None, list[Tensor]] = {}
+        self._masks: dict[int | None, BlockMask] = {}
 
     @cached_property
     def kernel_blocks(self) -> KernelBlocks:
@@ -159,10 +163,17 @@ class ForestPlan:
             self._bias[window] = [group.bias(window, torch.float32) for group in self.groups]
         return self._bias[window]
 
+    def block_mask(self, window: int | None) -> BlockMask:
+        if window not in self._masks:
+            self._masks[window] = build_block_mask(self.segments, self.spare, window, self.device)
+        return self._masks[window]
+
     def attend(
         self, layer: int, query_HTD: Tensor, key_JTD: Tensor, value_JTD: Tensor, scale: float, window: int | None
     ) -> Tensor:
         del layer
+        if can_flex(query_HTD, key_JTD):
+            return attend_flex(query_HTD, key_JTD, value_JTD, self.block_mask(window), scale)
         rows = query_HTD.transpose(0, 1), key_JTD.transpose(0, 1), value_JTD.transpose(0, 1)
         if can_attend(query_HTD, key_JTD):
             return attend_blocks(*rows, self.kernel_blocks, scale, window)
@@ -170,16 +181,6 @@ class ForestPlan:
             *rows, self, scale, window, torch.is_grad_enabled()
         )
         return out
-
-
-@dataclass(frozen=True)
-class _Segments:
-    """Runs of the stream with their parents (-1: a root), and each token's position."""
-
-    starts: list[int]
-    lengths: list[int]
-    parents: list[int]
-    positions: Array
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,13 @@ class _Block:
         return self.queries[1] - self.queries[0]
 
 
-def round_rows(count: int) -> int:
-    """`count` up to one of eight sizes an octave (and to a multiple of 64 below 1,024).
+def round_rows(count: int, least: int = 64) -> int:
+    """`count` up to one of eight sizes an octave (and to a multiple of `least` where that is coarser).
 
     CPU bf16 products are compiled for each new shape, and the code is kept: with a free number of rows a long run's
     memory grows by hundreds of megabytes.
     """
-    step = max(64, 1 << max(0, count.bit_length() - 4))
+    step = max(least, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 
@@ -219,11 +220,11 @@ def build_plan(
         starts, lengths = [0, *(start + virtual for start in starts)], [virtual, *lengths]
         parents = [-1, *(parent + 1 for parent in parents)]  # a root's parent, -1, becomes the new root, 0
         positions = np.concatenate([np.arange(virtual), positions + virtual])
-    segments = _Segments(starts, lengths, parents, positions)
+    segments = Segments(starts, lengths, parents, positions)
     return ForestPlan(segments, num_heads, spare, batch.tokens_T.device, round_up=round_up)
 
 
-def _cut_blocks(segments: _Segments, most_queries: int) -> list[_Block]:
+def _cut_blocks(segments: Segments, most_queries: int) -> list[_Block]:
     blocks = []
     paths: list[tuple[tuple[int, int], ...]] = []
     roots: list[int] = []

@@ -44,6 +44,12 @@ ATTENTION_SIGNATURES: dict[str, tuple[type, ...]] = {
 }
 
 
+def explain_switch() -> str | None:
+    """Why no kernel may be taken, on any device: the user's switch. None where it is not set."""
+    is_off = os.environ.get(SWITCH, "").lower() in ("off", "0", "false", "no")
+    return f"{SWITCH} is {os.environ[SWITCH]}" if is_off else None
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they are switched off or cannot be built (`explain_absence` says why)."""
@@ -77,8 +83,8 @@ def describe_kernels() -> str:
 
 @functools.cache
 def _find_library() -> ctypes.CDLL | str:
-    if os.environ.get(SWITCH, "").lower() in ("off", "0", "false", "no"):
-        return f"{SWITCH} is {os.environ[SWITCH]}"
+    if (off := explain_switch()) is not None:
+        return off
     compiler = shutil.which(os.environ.get("CXX", "") or "g++") or shutil.which("c++")
     if compiler is None:
         return "no C++ compiler (g++ or c++, or the one that CXX names) is on the path"

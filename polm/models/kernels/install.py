@@ -1,8 +1,9 @@
 """Give the layers of a `transformers` decoder the row kernels, without touching its code.
 
-A layer's `forward` is replaced on the instance; the new one takes the kernels where `are_active` says so and the
-layer's own code everywhere else (float32 training, GPUs, no compiler). Only layers whose code is known are replaced:
-the classes named below, and norms and feed-forwards that are found to compute what the kernels compute.
+A layer's `forward` is replaced on the instance; the new one takes the kernels that `choose_kernels` gives it
+(`rows.py` on a CPU, `liger.py` on a GPU) and the layer's own code where it gives none (float32 training, no compiler).
+Only layers whose code is known are replaced: the classes named below, and norms and feed-forwards that are found to
+compute what the kernels compute.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from polm.models.forest_attention import forest_attention
+from polm.models.kernels import liger, rows
 from polm.models.kernels.build import load_library
-from polm.models.kernels.rows import norm_and_rotate, rms_norm, swiglu
 
 # Attention classes whose code is q, k and v projections, norms of single heads where there are any, and the rotary
 # embedding of whole heads; and where each has the width of its window. (OLMo-2 has norms over all heads at once, Gemma
@@ -43,23 +45,39 @@ def kernels_while_sampling() -> Iterator[None]:
         _sampling.reset(token)
 
 
-def are_active(tensor: Tensor) -> bool:
-    """Whether the layers take the kernels for this input: on CPUs under bf16 autocast, or while sampling.
+@dataclass(frozen=True)
+class RowKernels:
+    """What a device offers; `rows.py` says what each computes."""
+
+    rms_norm: Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
+    rotate_heads: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+
+
+CPU = RowKernels(rows.rms_norm, rows.rotate_heads, rows.swiglu)
+GPU = RowKernels(liger.rms_norm, liger.rotate_heads, liger.swiglu)
+
+
+def choose_kernels(tensor: Tensor) -> RowKernels | None:
+    """What a layer takes for this input: kernels under bf16 autocast or while sampling, otherwise none.
 
     It asks autocast, whose state activation checkpointing restores when it computes a layer again.
     """
-    if tensor.device.type != "cpu" or load_library() is None:
-        return False
-    return _is_bf16() or (_sampling.get() and not torch.is_grad_enabled())
+    if not (_is_bf16(tensor) or (_sampling.get() and not torch.is_grad_enabled())):
+        return None
+    if tensor.device.type == "cpu":
+        return CPU if load_library() is not None else None
+    return GPU if tensor.device.type == "cuda" and liger.explain_liger_absence(tensor.device) is None else None
 
 
-def _is_bf16() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def _is_bf16(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def install_kernels(model: PreTrainedModel) -> int:
     """Replace the forwards of the layers that the kernels know; returns how many were."""
-    if load_library() is None:
+    if load_library() is None and not torch.cuda.is_available():
         return 0
     chosen = [(module, _choose(module)) for module in model.modules()]
     for module, forward in chosen:
@@ -88,11 +106,11 @@ def _is_silu(function: Any) -> bool:
 
 @torch.no_grad()
 def _is_plain_norm(module: Any) -> bool:
-    """Whether it is weight x / rms(x), with a float32 weight on the CPU: Gemma's, for one, has 1 + weight."""
+    """Whether it is weight x / rms(x), with a float32 weight: Gemma's, for one, has 1 + weight."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if weight is None or eps is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if weight is None or eps is None or weight.dtype != torch.float32 or weight.device.type not in ("cpu", "cuda"):
         return False
-    probe = torch.linspace(-2.0, 3.0, 3 * len(weight)).view(3, -1)
+    probe = torch.linspace(-2.0, 3.0, 3 * len(weight), device=weight.device).view(3, -1)
     wanted = weight * probe * torch.rsqrt(probe.pow(2).mean(-1, keepdim=True) + eps)
     return torch.allclose(module(probe), wanted, atol=1e-5)
 
@@ -107,17 +125,19 @@ def _has_plain_heads(module: Any) -> bool:
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Any:
     fits = hidden_states.dtype == self.weight.dtype == torch.float32
-    if not (fits and are_active(hidden_states)):
+    kernels = choose_kernels(hidden_states) if fits else None
+    if kernels is None:
         return type(self).forward(self, hidden_states)
     # What follows a norm is a product, for which autocast would cast this to bf16 each time it is read.
-    dtype = torch.bfloat16 if _is_bf16() else torch.float32
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+    dtype = torch.bfloat16 if _is_bf16(hidden_states) else torch.float32
+    return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
 def _mlp_forward(self: Any, hidden_states: Tensor) -> Any:
-    if not are_active(hidden_states):
+    kernels = choose_kernels(hidden_states)
+    if kernels is None:
         return type(self).forward(self, hidden_states)
-    return self.down_proj(swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+    return self.down_proj(kernels.swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
 
 def _attention_forward(
@@ -130,21 +150,19 @@ def _attention_forward(
 ) -> Any:
     width, (cosine, sine) = int(self.head_dim), position_embeddings
     plain = len(hidden_states) == 1 and cosine.shape[-1] == width and cosine.dtype == torch.float32
-    if not (plain and past_key_values is None and kwargs.get("forest") is not None and are_active(hidden_states)):
+    plain = plain and past_key_values is None and kwargs.get("forest") is not None
+    kernels = choose_kernels(hidden_states) if plain else None
+    if kernels is None:
         return type(self).forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )
-    cosine_TD, sine_TD = cosine[0].contiguous(), sine[0].contiguous()
-
-    def rotate(projected: Tensor, norm: Any) -> Tensor:
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
-        out_THD = norm_and_rotate(
-            projected.view(-1, projected.shape[-1] // width, width), weight, eps, cosine_TD, sine_TD
-        )
-        return out_THD.transpose(0, 1)[None]
-
-    query = rotate(self.q_proj(hidden_states), getattr(self, "q_norm", None))
-    key = rotate(self.k_proj(hidden_states), getattr(self, "k_norm", None))
+    norms = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
+    query_THD, key_TJD = (
+        projected.view(-1, projected.shape[-1] // width, width)
+        for projected in (self.q_proj(hidden_states), self.k_proj(hidden_states))
+    )
+    query_THD, key_TJD = kernels.rotate_heads(query_THD, key_TJD, norms, cosine[0].contiguous(), sine[0].contiguous())
+    query, key = query_THD.transpose(0, 1)[None], key_TJD.transpose(0, 1)[None]
     value = self.v_proj(hidden_states).view(key.shape[2], -1, width).transpose(0, 1)[None]
     window = WINDOWS[type(self).__name__](self)
     out, _ = forest_attention(self, query, key, value, None, scaling=self.scaling, sliding_window=window, **kwargs)

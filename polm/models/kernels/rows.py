@@ -3,7 +3,8 @@
 Activations are float32 or bfloat16, weights float32, all on the CPU; inside everything is float32. Against the layers
 of `transformers` under autocast a bf16 result has fewer roundings on its way.
 
-Shape suffixes: T rows, H heads, D width, F width of the feed-forward, N targets, V vocabulary, K ids a target.
+Shape suffixes: T rows, H query heads, J key heads, D width, F width of the feed-forward, N targets, V vocabulary,
+K ids a target.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polm.models.kernels.build import load_library
 
@@ -86,6 +87,23 @@ def norm_and_rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, cosine_T
     """
     out: Tensor = _Rotate.apply(x_THD, weight_D, eps, cosine_TD, sine_TD)  # type: ignore[no-untyped-call]
     return out
+
+
+def rotate_heads(
+    query_THD: Tensor,
+    key_TJD: Tensor,
+    norms: tuple[nn.Module | None, nn.Module | None],
+    cosine_TD: Tensor,
+    sine_TD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Query and key after the norms of single heads, if any, and the rotary embedding."""
+    query, key = (
+        norm_and_rotate(x, None, 0.0, cosine_TD, sine_TD)
+        if norm is None
+        else norm_and_rotate(x, norm.weight, norm.variance_epsilon, cosine_TD, sine_TD)  # type: ignore[arg-type]
+        for x, norm in zip((query_THD, key_TJD), norms, strict=True)
+    )
+    return query, key
 
 
 class _SwiGLU(torch.autograd.Function):

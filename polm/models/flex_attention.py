@@ -1,0 +1,237 @@
+"""The attention of the token forest by PyTorch's FlexAttention, which is what a GPU runs.
+
+Segments are numbered in pre-order, so the descendants of a segment are a range of numbers: a token may see another
+if it stands within the range of the other's segment, and not before it on the path. Three numbers a token say all of
+the mask. Which tiles of 128 queries and 128 keys hold anything to see, and which hold nothing to hide, is counted
+from the segments; a mask of the size of the stream squared is never made.
+
+FlexAttention is compiled for a GPU when it is first used there, and is held against plain attention on that GPU before
+anything relies on it: where it fails or gives other numbers, the batched products (`forest_attention.py`) run in its
+place, and manifests say so.
+
+Shape suffixes: T stream, S segments, H query heads, J key heads, D head width, Q tiles of queries, K tiles of keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+
+from polm.models.kernels.build import explain_switch
+from polm.models.kernels.proof import explain_gap, measure_gap, note
+from polm.tokens import Array
+
+NAME = "FlexAttention"
+TILE = 128  # FlexAttention's own
+MAX_KINDS = 64
+# One kernel for all lengths: the one for short queries has conditions of its own.
+OPTIONS: FlexKernelOptions = {"BACKEND": "TRITON"}
+MIN_WIDTH = 16  # narrower heads do not fill a matrix instruction
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of the stream with their parents (-1: a root; parents stand before children), and each token's position."""
+
+    starts: list[int]
+    lengths: list[int]
+    parents: list[int]
+    positions: Array
+
+
+def number_segments(parents: list[int]) -> tuple[Array, Array]:
+    """(first, end) [S]: in pre-order a segment has number `first`, and its descendants those up to `end`."""
+    sizes = np.ones(len(parents), dtype=np.int64)
+    for child in range(len(parents) - 1, -1, -1):
+        if parents[child] >= 0:
+            sizes[parents[child]] += sizes[child]
+    first = np.zeros(len(parents), dtype=np.int64)
+    following = np.zeros(len(parents), dtype=np.int64)  # the number of a segment's next child
+    next_root = 0
+    for segment, parent in enumerate(parents):
+        first[segment] = following[parent] if parent >= 0 else next_root
+        if parent >= 0:
+            following[parent] += sizes[segment]
+        else:
+            next_root += int(sizes[segment])
+        following[segment] = first[segment] + 1
+    return first, first + sizes
+
+
+def mark_tokens(segments: Segments, spare: int) -> Array:
+    """[3, T] int32: the number of each token's segment, the end of its descendants' numbers, the token's position.
+
+    A spare row behind the stream is a tree of its own: it sees itself, so that its output is finite.
+    """
+    first_S, end_S = number_segments(segments.parents)
+    own = len(segments.parents) + np.arange(spare)
+    marks = [
+        np.concatenate([np.repeat(first_S, segments.lengths), own]),
+        np.concatenate([np.repeat(end_S, segments.lengths), own + 1]),
+        np.concatenate([segments.positions, np.zeros(spare, dtype=np.int64)]),
+    ]
+    return np.stack(marks).astype(np.int32)
+
+
+def build_sees(marks_3T: Tensor, window: int | None) -> Sees:
+    """The function (batch, head, query, key) -> may the query see the key, in the form that FlexAttention takes."""
+    first_T, end_T, position_T = marks_3T.unbind()
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        below = (first_T[key] <= first_T[query]) & (first_T[query] < end_T[key])
+        seen = below & (position_T[key] <= position_T[query])
+        return seen if window is None else seen & (position_T[query] - position_T[key] < window)
+
+    return sees
+
+
+def find_tiles(segments: Segments, spare: int, window: int | None) -> tuple[Array, Array]:
+    """(some, all) [Q, K] bool: tiles in which a query sees some key, and those in which each query sees each key."""
+    total = len(segments.positions) + spare
+    tiles = -(-total // TILE)
+    seen_QK = np.zeros((tiles, tiles), dtype=np.int64)  # pairs that see each other
+    some_QK = np.zeros((tiles, tiles), dtype=bool)
+    paths: list[tuple[tuple[int, int], ...]] = []
+    for start, length, parent in zip(segments.starts, segments.lengths, segments.parents, strict=True):
+        above = paths[parent] if parent >= 0 else ()
+        paths.append((*above, (start, start + length)) if length else above)
+        for begin, end in _cut(start, start + length):
+            for keys in above:
+                _count(segments.positions, (begin, end), keys, window, seen_QK, some_QK)
+            if length:
+                _count(segments.positions, (begin, end), (start, end), window, seen_QK, some_QK)
+    alone = np.arange(total - spare, total) // TILE
+    np.add.at(seen_QK, (alone, alone), 1)
+    some_QK[alone, alone] = True
+    all_QK = seen_QK == TILE * TILE
+    return some_QK & ~all_QK, all_QK
+
+
+def _cut(begin: int, end: int) -> list[tuple[int, int]]:
+    """The range, cut where tiles end."""
+    edges = [begin, *range((begin // TILE + 1) * TILE, end, TILE), end] if end > begin else []
+    return list(itertools.pairwise(edges))
+
+
+def _count(
+    positions: Array,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+    window: int | None,
+    seen_QK: Array,
+    some_QK: Array,
+) -> None:
+    """Add the pairs of queries (of one tile) and keys (of one segment, up to the last query's place in its own)."""
+    row = queries[0] // TILE
+    for begin, end in _cut(*keys):
+        nearest = int(positions[queries[0]]) - int(positions[end - 1])
+        furthest = int(positions[queries[1] - 1]) - int(positions[begin])
+        if window is not None and nearest >= window:
+            continue
+        some_QK[row, begin // TILE] = True
+        if window is not None and furthest >= window:
+            continue  # a part of the pairs: the tile is not whole
+        distance = np.arange(queries[0], queries[1]) + 1 - begin
+        # Ancestors' keys stand before all queries; of its own segment a query sees those up to itself.
+        seen_QK[row, begin // TILE] += int(np.clip(distance, 0, end - begin).sum())
+
+
+def build_block_mask(segments: Segments, spare: int, window: int | None, device: torch.device) -> BlockMask:
+    """FlexAttention's mask over the stream of a forest."""
+    some_QK, all_QK = find_tiles(segments, spare, window)
+    total = len(segments.positions) + spare
+    (num_some, some), (num_whole, whole) = _order(some_QK, device), _order(all_QK, device)
+    sees = build_sees(torch.from_numpy(mark_tokens(segments, spare)).to(device), window)
+    mask: BlockMask = BlockMask.from_kv_blocks(
+        num_some, some, num_whole, whole, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(total, total)
+    )
+    return mask
+
+
+def _order(tiles_QK: Array, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(number of tiles [1, 1, Q], their indices first in each row [1, 1, Q, K]), int32."""
+    counts = tiles_QK.sum(-1).astype(np.int32)
+    indices = np.argsort(~tiles_QK, axis=-1, kind="stable").astype(np.int32)
+    return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(indices)[None, None].to(device)
+
+
+@functools.cache
+def _compile() -> Callable[..., Any]:
+    """The compiled function. A second length makes it one for all lengths; kinds (dtypes, windows, heads, with and
+    without gradients) are compiled on their own, and the limit on them must not be met: behind it plain operations run.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_KINDS)
+    return torch.compile(flex_attention)
+
+
+def attend_flex(
+    query_HTD: Tensor, key_JTD: Tensor, value_JTD: Tensor, mask: BlockMask, scale: float, *, compiled: bool = True
+) -> Tensor:
+    """softmax(scale q k^T + mask) v, [T, H, D]; without `compiled` by plain operations, for tests."""
+    function = _compile() if compiled else cast(Callable[..., Any], flex_attention)
+    shared = query_HTD.shape[0] != key_JTD.shape[0]
+    heads = query_HTD[None], key_JTD[None], value_JTD[None]
+    out_1HTD: Tensor = function(*heads, block_mask=mask, scale=scale, enable_gqa=shared, kernel_options=OPTIONS)
+    return out_1HTD[0].transpose(0, 1)
+
+
+def can_flex(query_HTD: Tensor, key_JTD: Tensor) -> bool:
+    """Whether FlexAttention takes these heads: on a GPU where it was found to give the numbers of plain attention."""
+    if query_HTD.device.type != "cuda":
+        return False
+    heads, key_heads, width = query_HTD.shape[0], key_JTD.shape[0], query_HTD.shape[2]
+    return explain_flex_absence(query_HTD.device, heads, key_heads, width) is None
+
+
+@functools.cache
+def explain_flex_absence(device: torch.device, heads: int, key_heads: int, width: int) -> str | None:
+    """Why FlexAttention is not taken for such heads on this GPU; None where it is.
+
+    Both dtypes are tried at once, so that the forward pass which holds a loaded model against its own is the last to
+    wait for it.
+    """
+    if (off := explain_switch()) is not None:
+        return note(NAME, off)
+    if width < MIN_WIDTH:
+        return note(NAME, f"heads of width {width} are narrower than {MIN_WIDTH}")
+    return explain_gap(NAME, functools.partial(_measure, device, (heads, key_heads, width)))
+
+
+def _measure(device: torch.device, heads: tuple[int, int, int], dtype: torch.dtype) -> float:
+    """The largest gap to plain attention over a small forest, with a window and without, of two lengths."""
+    num_heads, key_heads, width = heads
+    positions = np.concatenate([np.arange(190), 40 + np.arange(70), np.arange(45)])
+    segments = Segments([0, 40, 190, 260], [40, 150, 70, 45], [-1, 0, 0, -1], positions)
+    generator = torch.Generator().manual_seed(0)
+    scale, gaps = 1.0 / math.sqrt(width), []
+    for window, spare in ((None, 15), (None, 0), (60, 0)):
+        total = len(positions) + spare
+        shapes = [(num_heads, total, width), (key_heads, total, width), (key_heads, total, width)]
+        given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        mask = build_block_mask(segments, spare, window, device)
+        sees = build_sees(torch.from_numpy(mark_tokens(segments, spare)).to(device), window)
+        attend = functools.partial(attend_flex, mask=mask, scale=scale)
+        gaps.append(measure_gap(attend, functools.partial(attend_plainly, sees=sees, scale=scale), given))
+    return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps)
+
+
+def attend_plainly(query_HTD: Tensor, key_JTD: Tensor, value_JTD: Tensor, sees: Sees, scale: float) -> Tensor:
+    """What `attend_flex` computes, by the whole mask and in float32: the yardstick."""
+    places = torch.arange(query_HTD.shape[1], device=query_HTD.device)
+    none = places.new_zeros(())
+    seen_TT = sees(none, none, places[:, None], places[None, :])
+    repeats = query_HTD.shape[0] // key_JTD.shape[0]
+    key, value = (x.float().repeat_interleave(repeats, 0) for x in (key_JTD, value_JTD))
+    scores = (query_HTD.float() @ key.transpose(1, 2) * scale).masked_fill(~seen_TT, float("-inf"))
+    return (torch.softmax(scores, -1) @ value).transpose(0, 1)

@@ -1,0 +1,79 @@
+"""Whether a kernel gives the numbers of plain operations on the device at hand: asked once, before it is relied on.
+
+A kernel that fails or is wrong there is a reason to go on without it, not to stop or to train on wrong numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Largest difference that rounding explains, as a share of the largest number. What is wrong is off by tenths.
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
+# What PyTorch and Triton raise where a kernel cannot be compiled or run on a device.
+FAILURES = (RuntimeError, ImportError, OSError, AssertionError, AttributeError, TypeError, ValueError)
+
+_found: dict[str, None] = {}  # in the order in which kernels were tried
+
+
+def describe_proofs() -> str:
+    """For a run's record: which kernels of a GPU were tried, and what was found. Empty where none was."""
+    return "; ".join(_found)
+
+
+def note(name: str, absence: str | None) -> str | None:
+    """Remember what was found of a kernel; returns `absence`."""
+    _found[f"{name}: {absence or 'in use'}"] = None
+    return absence
+
+
+def explain_gap(name: str, measure: Callable[[torch.dtype], float]) -> str | None:
+    """Why the kernel `name` is not to be used, from its gap to plain operations in each dtype; None where it is."""
+    try:
+        gaps = {dtype: measure(dtype) for dtype in TOLERANCE}
+    except FAILURES as error:
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        return note(name, f"does not run here: {type(error).__name__}: {first_line}")
+    wrong = [f"{gap:.1g} in {dtype}" for dtype, gap in gaps.items() if not gap <= TOLERANCE[dtype]]
+    return note(name, f"differs from plain operations by {', '.join(wrong)}" if wrong else None)
+
+
+def measure_gap(kernel: Callable[..., Any], plain: Callable[..., Any], given: Sequence[Tensor]) -> float:
+    """Largest difference of the outputs, with and without gradients enabled, and of the gradients; NaN where any is.
+
+    `kernel` and `plain` take the tensors `given` and return one or several.
+    """
+    found, expected = _differentiate(kernel, given), _differentiate(plain, given)
+    with torch.no_grad():
+        found += _as_list(kernel(*(x.clone() for x in given)))
+        expected += expected[: len(found) - len(expected)]
+        pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True)]
+        gaps = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in pairs]
+    return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps)
+
+
+def _differentiate(function: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, then the gradients of a fixed random combination of them for each of `given`."""
+    inputs = [x.clone().requires_grad_() for x in given]
+    generator = torch.Generator().manual_seed(1)
+    # Activation checkpointing counts what is saved in the layer that asked; these tensors are none of it.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+        # Copies go in: some kernels write into what they are given.
+        outputs = _as_list(function(*(x.clone() for x in inputs)))
+        values = [out.detach().clone() for out in outputs]
+        total = inputs[0].new_zeros((), dtype=torch.float32)
+        for out in outputs:
+            total = total + (out.float() * torch.randn(out.shape, generator=generator).to(out.device)).sum()
+        return [*values, *torch.autograd.grad(total, inputs)]
+
+
+def _as_list(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
