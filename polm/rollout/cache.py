@@ -66,7 +66,7 @@ class DecodeCache:
     """Static keys and values of `num_slots` rows; the live rows are always slots 0 to R - 1.
 
     A key of position p of a row lies at p, so attention reads the positions up to the longest live row only.
-    `begin_step` must be called before each forward over one token per live row.
+    `begin_step` or `begin` must be called before each forward over one token per live row.
     """
 
     def __init__(self, shape: CacheShape, num_slots: int, length: int, dtype: torch.dtype, device: torch.device):
@@ -81,13 +81,18 @@ class DecodeCache:
 
     def begin_step(self, positions_R: Array) -> Tensor:
         """Note where the tokens of the coming step stand; returns the positions [R] on the device."""
-        self._positions_R = torch.from_numpy(positions_R).to(self.device)
+        on_device_R = torch.from_numpy(positions_R).to(self.device)
+        self.begin(on_device_R, int(positions_R.min()), int(positions_R.max()) + 1)
+        return on_device_R
+
+    def begin(self, positions_R: Tensor, first: int, end: int) -> None:
+        """`begin_step` for positions on the device, of which it is known that they lie in [first, end)."""
+        self._positions_R = positions_R
         rows_R = torch.arange(len(positions_R), device=self.device)
         heads_RJ = rows_R[:, None] * self.shape.num_key_heads + self._heads_J
-        self._write_at = (heads_RJ * self.length + self._positions_R[:, None]).reshape(-1)
-        self._first, self._end = int(positions_R.min()), int(positions_R.max()) + 1
+        self._write_at = (heads_RJ * self.length + positions_R[:, None]).reshape(-1)
+        self._first, self._end = first, end
         self._bias = {}
-        return self._positions_R
 
     def attend(
         self, layer: int, query_HTD: Tensor, key_JTD: Tensor, value_JTD: Tensor, scale: float, window: int | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.models.forest_attention import Attends, build_plan
-from polm.models.loading import output_logits
+from polm.models.loading import output_head, output_logits
 from polm.models.virtual import PrefixPlan, VirtualTokens
 from polm.rollout.cache import Captured, DecodeCache, PrefillCapture, compute_ranges, read_cache_shape
+from polm.rollout.recorded import RecordedSteps, Recorder, choose_recorder
 from polm.tokens import Array, Segment, collate
 
 # Prompts are read in streams of about this many tokens, which bounds the memory of a prefill.
@@ -96,6 +98,12 @@ def round_width(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def read_static(model: PreTrainedModel, cache: DecodeCache, tokens_R: Tensor, positions_R: Tensor, end: int) -> Tensor:
+    """A decoding step in which nothing but the numbers in the two tensors may change, so that it can be recorded."""
+    cache.begin(positions_R, 0, end)
+    return output_logits(model, run_decoder(model, tokens_R, positions_R, cache))
+
+
 class Reader:
     """One model at work: it reads prompts and the live rows' tokens, and keeps their keys and values.
 
@@ -103,7 +111,12 @@ class Reader:
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Array], cache: DecodeCache, above: VirtualTokens | None
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Array],
+        cache: DecodeCache,
+        above: VirtualTokens | None,
+        recorder: Recorder | None = None,
     ):
         self.model, self.prompts, self.cache, self.above = model, prompts, cache, above
         self.num_above = above.num if above is not None else 0
@@ -112,6 +125,11 @@ class Reader:
             repeated = np.tile(places, cache.num_slots)
             self.cache.fill(dict(above.layers), repeated, np.repeat(slots, above.num), repeated)
         self.held: Prefilled | None = None
+        self.recorded: RecordedSteps | None = None
+        if recorder is not None:
+            vocab = int(output_head(model)[0].shape[0])
+            sizes = cache.num_slots, cache.length, vocab
+            self.recorded = RecordedSteps(partial(read_static, model, cache), recorder, *sizes, model.device)
 
     def read_prompts(self, groups: Array, slots: Array, waiting: bool) -> Tensor:
         """Fill slots [N] with the distinct prompts `groups` [N]; returns the logits [N, V] of their first tokens.
@@ -147,6 +165,8 @@ class Reader:
 
     def read_tokens(self, tokens_R: Array, positions_R: Array) -> Tensor:
         """Feed each live row's last token; returns the logits [R, V] of the next."""
+        if self.recorded is not None:
+            return self.recorded.run(tokens_R, self.num_above + positions_R)
         rows = len(tokens_R)
         if self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # The slots behind the live rows come along, at a place that is in use: nobody reads what they give.
@@ -183,6 +203,9 @@ def build_readers(
     row_bytes = sum(s.num_values * n * dtype.itemsize for s, n, dtype in zip(shapes, lengths, dtypes, strict=True))
     num_slots = max(1, min(max_rows, max_cache_bytes // row_bytes))
     return [
-        Reader(model, prompts, DecodeCache(shape, num_slots, length, dtype, model.device), own)
+        Reader(
+            *(model, prompts, DecodeCache(shape, num_slots, length, dtype, model.device), own),
+            choose_recorder(model.device),
+        )
         for model, shape, length, dtype, own in zip(models, shapes, lengths, dtypes, above, strict=True)
     ]

@@ -1,0 +1,137 @@
+"""Decoding steps of fixed shapes, recorded once and played again: CUDA graphs.
+
+A decoding step launches some hundred short kernels, and on a GPU the host takes longer to launch them than they run.
+A recorded step is launched as one. It can change nothing but the numbers in its buffers, so live rows and the
+positions that they look back on are rounded up to a few sizes, each with a recording of its own: spare rows come along
+and nobody reads what they give, and positions that a row has not reached are masked.
+
+The second step of a size is recorded, and held against the same step as it is: where recording fails or gives other
+numbers, all steps run as they are, and manifests say so.
+
+Shape suffixes: R rows, S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polm.models.kernels.build import explain_switch
+from polm.models.kernels.proof import FAILURES, note
+from polm.tokens import Array
+
+NAME = "CUDA graphs"
+LEAST_POSITIONS = 128
+TOLERANCE = 1e-3  # of the largest logit; a recording runs the same kernels
+
+# Logits of one token a row: (tokens [R], positions [R], number of positions to look back on) -> [R, V] float32
+StepFunction = Callable[[Tensor, Tensor, int], Tensor]
+Play = Callable[[], None]
+# Records what a function does to the tensors that it is given, and returns what does it again.
+Recorder = Callable[[Callable[[Tensor, Tensor, Tensor], None], tuple[Tensor, Tensor, Tensor]], Play]
+
+
+def choose_recorder(device: torch.device) -> Recorder | None:
+    """How steps are recorded on a device; None where they are not."""
+    return CudaRecorder() if device.type == "cuda" and explain_switch() is None else None
+
+
+class CudaRecorder:
+    """Records CUDA graphs, which share the memory of what they compute on their way: only one is played at a time."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(
+        self, function: Callable[[Tensor, Tensor, Tensor], None], buffers: tuple[Tensor, Tensor, Tensor]
+    ) -> Play:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a judge's, a progress bar's) may go on with what they do.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            function(*buffers)
+        return graph.replay
+
+
+def round_rows(rows: int, num_slots: int) -> int:
+    """`rows` up to a power of two, and at most all slots."""
+    return min(1 << (rows - 1).bit_length(), num_slots)
+
+
+def round_positions(end: int, length: int) -> int:
+    """`end` up to one of four sizes an octave from 128 on, and at most the whole length."""
+    step = 1 << max(5, (end - 1).bit_length() - 3)
+    return min(max(LEAST_POSITIONS, -(-end // step) * step), length)
+
+
+class RecordedSteps:
+    """Runs decoding steps of one model, recorded where a size comes again. Its buffers belong to it alone."""
+
+    def __init__(
+        self, function: StepFunction, recorder: Recorder, num_slots: int, length: int, vocab: int, device: torch.device
+    ):
+        self.function, self.num_slots, self.length = function, num_slots, length
+        self.recorder: Recorder | None = recorder
+        self.tokens_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.positions_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.logits_SV = torch.zeros((num_slots, vocab), dtype=torch.float32, device=device)
+        self.met: set[tuple[int, int]] = set()
+        self.plays: dict[tuple[int, int], Play] = {}
+
+    def run(self, tokens_R: Array, positions_R: Array) -> Tensor:
+        """The logits [R, V] of each row's next token; they are overwritten by the next call."""
+        rows = len(tokens_R)
+        size = round_rows(rows, self.num_slots), round_positions(int(positions_R.max()) + 1, self.length)
+        # The spare rows stand at a place that is in use.
+        spare = (0, size[0] - rows)
+        self.tokens_S[: size[0]].copy_(torch.from_numpy(np.pad(tokens_R, spare)))
+        self.positions_S[: size[0]].copy_(torch.from_numpy(np.pad(positions_R, spare, mode="edge")))
+        play = self.plays.get(size)
+        if play is not None:
+            play()
+        else:
+            self._step(size)
+            if size in self.met:
+                self._record(size)
+            self.met.add(size)
+        return self.logits_SV[:rows]
+
+    def _buffers(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tokens_S[:rows], self.positions_S[:rows], self.logits_SV[:rows]
+
+    def _write(self, end: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def write(tokens_R: Tensor, positions_R: Tensor, logits_RV: Tensor) -> None:
+            logits_RV.copy_(self.function(tokens_R, positions_R, end))
+
+        return write
+
+    def _step(self, size: tuple[int, int]) -> None:
+        self._write(size[1])(*self._buffers(size[0]))
+
+    def _record(self, size: tuple[int, int]) -> None:
+        """Record the step that has just run, if it gives the same again."""
+        if self.recorder is None:
+            return
+        logits_RV = self.logits_SV[: size[0]]
+        expected_RV = logits_RV.clone()
+        try:
+            play = self.recorder(self._write(size[1]), self._buffers(size[0]))
+            logits_RV.zero_()
+            play()
+            gap = float((logits_RV - expected_RV).abs().max() / expected_RV.abs().max().clamp(min=1e-9))
+        except FAILURES as error:
+            first_line = (str(error).splitlines() or [""])[0][:200]
+            absence: str | None = f"cannot record here: {type(error).__name__}: {first_line}"
+        else:
+            # Logits that are no numbers are the caller's to report.
+            same = gap <= TOLERANCE or not bool(torch.isfinite(expected_RV).all())
+            absence = None if same else f"differ from the steps that they record by {gap:.1g}"
+        note(NAME, absence)
+        if absence is None:
+            self.plays[size] = play
+        else:
+            self.recorder = None
+            self.plays.clear()
+            logits_RV.copy_(expected_RV)
