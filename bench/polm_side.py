@@ -62,11 +62,15 @@ def build_settings(spec: Spec) -> TrainSettings:
 
 @dataclass
 class Watched:
-    """A batch source that remembers what the last update needed."""
+    """A batch source that remembers what each update needed, until it is reported."""
 
     inner: BatchSource
     count: Callable[[Step], dict[str, float]]
-    last: dict[str, float] = field(default_factory=dict)
+    needed: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.inner.reads_weights
 
     @property
     def num_updates(self) -> int:
@@ -77,7 +81,7 @@ class Watched:
 
     def step(self, update: int, model: Any) -> Step:
         step = self.inner.step(update, model)
-        self.last = self.count(step)
+        self.needed[update] = self.count(step)
         return step
 
 
@@ -101,7 +105,7 @@ def train(
             objective,
             build_settings(spec),
             Path(folder),
-            report=lambda _: meter.tick(**watched.last),
+            report=lambda line: meter.tick(**watched.needed.pop(line["update"] - 1)),
         )
 
 
@@ -167,6 +171,7 @@ class LiveReference:
     reference: Any
     bf16: bool
     num_updates: int = 10**6
+    reads_weights: bool = True  # it asks the device for numbers
 
     def resumable(self, update: int) -> bool:
         return self.inner.resumable(update)
@@ -235,6 +240,7 @@ class Rollouts:
     prompts: Sequence[np.ndarray]
     seconds: float = 0.0
     num_updates: int = 10**6
+    reads_weights: bool = True
 
     def resumable(self, update: int) -> bool:
         del update

@@ -75,6 +75,20 @@ def build_completions(
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the segments of a stream lie, on the host, so that whoever plans over them waits for no device.
+
+    starts, lengths, parents   a number a segment, in the order of the stream; parents are segments, -1 for roots
+    positions                  int64 [T], position of each token on its path
+    """
+
+    starts: list[int]
+    lengths: list[int]
+    parents: list[int]
+    positions: Array
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """A packed forest of trees. Build it with `collate`.
 
@@ -86,6 +100,7 @@ class TokenBatch:
     targets_N        int64, stream indices of the tokens with weight other than zero
     streams          name -> [T] or [T, K]; "weights" is always there
     marks            name -> [S] float32, NaN where a segment has no such mark
+    layout           starts, lengths, parents and positions once more, on the host
     seed             for objectives that draw random numbers (the shuffled control)
     """
 
@@ -100,6 +115,7 @@ class TokenBatch:
     targets_N: Tensor
     streams: Mapping[str, Tensor]
     marks: Mapping[str, Tensor]
+    layout: Layout
     seed: int = 0
 
     @property
@@ -261,6 +277,7 @@ def collate(trees: Iterable[Tree], *, seed: int = 0) -> TokenBatch:
         targets_N=torch.from_numpy(np.flatnonzero(streams["weights"])),
         streams={name: torch.from_numpy(value) for name, value in streams.items()},
         marks=_collect_marks([s for s, _, _ in segments]),
+        layout=Layout(starts.tolist(), lengths.tolist(), parents.tolist(), positions),
         seed=seed,
     )
 

@@ -105,6 +105,10 @@ class PackedTrees:
     num_updates: int
     seed: int
 
+    @property
+    def reads_weights(self) -> bool:
+        return False
+
     def resumable(self, update: int) -> bool:
         del update
         return True

@@ -39,6 +39,12 @@ class BatchSource(Protocol):
     @property
     def num_updates(self) -> int: ...
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether `step` depends on the weights. Where it does not, it is called while a GPU is still at the update
+        before."""
+        ...
+
     def step(self, update: int, model: Any) -> Step: ...
 
     def resumable(self, update: int) -> bool:
@@ -96,12 +102,15 @@ def fit(
     for part in parts:
         set_activation_checkpointing(part.module, settings.activation_checkpointing)
     line: dict[str, Any] = {}
+    ahead: Step | None = None
     began = time.perf_counter() - progress.seconds
     for update in range(progress.update, source.num_updates):
         torch.manual_seed(mix_seed(settings.seed, update))  # dropout, where a model has it
         rate = set_rate(optimizers, compute_rate_factor(update, source.num_updates, settings.schedule))
-        step = source.step(update, model)
-        loss, measured = accumulate(model, step.batches, objective, temperature, bf16)
+        step = ahead or source.step(update, model)
+        sums = add_up(model, step.batches, objective, temperature, bf16)
+        ahead = _look_ahead(source, update + 1, model)
+        loss, measured = sums.read()
         metrics, counts = split_counts({**measured, **step.metrics}, progress.counts)
         norm, metrics = _clip_parts(parts, metrics)
         _require_finite(loss, norm, step.batches, update, workdir)
@@ -128,6 +137,11 @@ def fit(
     return FitResult(source.num_updates, progress.tokens, progress.targets, progress.seconds, progress.counts, line)
 
 
+def _look_ahead(source: BatchSource, update: int, model: Trained) -> Step | None:
+    """The batches of `update` if they can be had now: a GPU computes until the host asks it for the loss."""
+    return source.step(update, model) if update < source.num_updates and not source.reads_weights else None
+
+
 def set_activation_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
     """Keep only the inputs of each layer for the backward pass, or all that it needs. Raises ModelError where the
     architecture cannot."""
@@ -152,40 +166,58 @@ def split_counts(measured: Mapping[str, Any], before: Mapping[str, int]) -> tupl
     return metrics, counts
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What the micro-batches of an update add up to, float64 on the model's device."""
+
+    total: Tensor
+    denominator: Tensor
+    metrics: Mapping[str, tuple[Tensor, Tensor]]  # name -> (total, count)
+
+    def read(self) -> tuple[float, dict[str, Any]]:
+        """The loss and the averaged metrics; waits for the device."""
+        metrics = {
+            name: (top.cpu() if name.startswith(COUNT) else top.cpu() / bottom.cpu().clamp(min=1e-12)).tolist()
+            for name, (top, bottom) in self.metrics.items()
+        }
+        return float(self.total / self.denominator.clamp(min=1e-12)), metrics
+
+
 def accumulate(
     model: Trained, batches: Sequence[TokenBatch], objective: Objective, temperature: float, bf16: bool
 ) -> tuple[float, dict[str, Any]]:
+    """`add_up`, and its loss and averaged metrics."""
+    return add_up(model, batches, objective, temperature, bf16).read()
+
+
+def add_up(model: Trained, batches: Sequence[TokenBatch], objective: Objective, temperature: float, bf16: bool) -> Sums:
     """Gradients of sum(totals) / sum(denominators) over the micro-batches of one update, left in `.grad`.
 
-    Returns the loss and the averaged metrics. Sums are local and the division is global, so the split into
-    micro-batches does not change the result.
+    Sums are local and the division is global, so the split into micro-batches does not change the result. Nothing here
+    waits for a GPU.
     """
-    total = denominator = torch.zeros(())
+    total = denominator = torch.zeros((), dtype=torch.float64, device=model.device)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in batches:
         on_device = batch.to(model.device)
         scores = score(model, on_device, objective.needs, temperature=temperature, bf16=bf16)
         out = objective.compute(scores, on_device)
         out.total.backward()  # type: ignore[no-untyped-call]
-        total = total + out.total.detach().cpu().double()
-        denominator = denominator + out.denominator.detach().cpu().double()
+        total = total + out.total.detach().double()
+        denominator = denominator + out.denominator.detach().double()
         for name, metric in out.metrics.items():
             sums[name] = _add(sums.get(name), metric)
-    if float(denominator) > 0:
-        inverse = 1.0 / float(denominator)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(inverse)
-    metrics = {
-        name: (top if name.startswith(COUNT) else top / bottom.clamp(min=1e-12)).tolist()
-        for name, (top, bottom) in sums.items()
-    }
-    return float(total / denominator.clamp(min=1e-12)), metrics
+    # Without a target there is no gradient to divide.
+    inverse = torch.where(denominator > 0, 1.0 / denominator, 1.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(inverse)
+    return Sums(total, denominator, sums)
 
 
 def _add(before: tuple[Tensor, Tensor] | None, metric: Metric) -> tuple[Tensor, Tensor]:
-    total = metric.total.detach().cpu().double()
-    count = torch.as_tensor(metric.count).detach().cpu().double()
+    total = metric.total.detach().double()
+    count = torch.as_tensor(metric.count, device=total.device).detach().double()
     return (total, count) if before is None else (before[0] + total, before[1] + count)
 
 

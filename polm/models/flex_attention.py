@@ -1,6 +1,6 @@
 """The attention of the token forest by PyTorch's FlexAttention, which is what a GPU runs.
 
-Segments are numbered in pre-order, so the descendants of a segment are a range of numbers: a token may see another
+Layout are numbered in pre-order, so the descendants of a segment are a range of numbers: a token may see another
 if it stands within the range of the other's segment, and not before it on the path. Three numbers a token say all of
 the mask. Which tiles of 128 queries and 128 keys hold anything to see, and which hold nothing to hide, is counted
 from the segments; a mask of the size of the stream squared is never made.
@@ -18,7 +18,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex
 
 from polm.models.kernels.build import explain_switch
 from polm.models.kernels.proof import explain_gap, measure_gap, note
-from polm.tokens import Array
+from polm.tokens import Array, Layout
 
 NAME = "FlexAttention"
 TILE = 128  # FlexAttention's own
@@ -37,16 +36,6 @@ MAX_KINDS = 64
 OPTIONS: FlexKernelOptions = {"BACKEND": "TRITON"}
 MIN_WIDTH = 16  # narrower heads do not fill a matrix instruction
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Runs of the stream with their parents (-1: a root; parents stand before children), and each token's position."""
-
-    starts: list[int]
-    lengths: list[int]
-    parents: list[int]
-    positions: Array
 
 
 def number_segments(parents: list[int]) -> tuple[Array, Array]:
@@ -68,17 +57,17 @@ def number_segments(parents: list[int]) -> tuple[Array, Array]:
     return first, first + sizes
 
 
-def mark_tokens(segments: Segments, spare: int) -> Array:
+def mark_tokens(layout: Layout, spare: int) -> Array:
     """[3, T] int32: the number of each token's segment, the end of its descendants' numbers, the token's position.
 
     A spare row behind the stream is a tree of its own: it sees itself, so that its output is finite.
     """
-    first_S, end_S = number_segments(segments.parents)
-    own = len(segments.parents) + np.arange(spare)
+    first_S, end_S = number_segments(layout.parents)
+    own = len(layout.parents) + np.arange(spare)
     marks = [
-        np.concatenate([np.repeat(first_S, segments.lengths), own]),
-        np.concatenate([np.repeat(end_S, segments.lengths), own + 1]),
-        np.concatenate([segments.positions, np.zeros(spare, dtype=np.int64)]),
+        np.concatenate([np.repeat(first_S, layout.lengths), own]),
+        np.concatenate([np.repeat(end_S, layout.lengths), own + 1]),
+        np.concatenate([layout.positions, np.zeros(spare, dtype=np.int64)]),
     ]
     return np.stack(marks).astype(np.int32)
 
@@ -96,21 +85,21 @@ def build_sees(marks_3T: Tensor, window: int | None) -> Sees:
     return sees
 
 
-def find_tiles(segments: Segments, spare: int, window: int | None) -> tuple[Array, Array]:
+def find_tiles(layout: Layout, spare: int, window: int | None) -> tuple[Array, Array]:
     """(some, all) [Q, K] bool: tiles in which a query sees some key, and those in which each query sees each key."""
-    total = len(segments.positions) + spare
+    total = len(layout.positions) + spare
     tiles = -(-total // TILE)
     seen_QK = np.zeros((tiles, tiles), dtype=np.int64)  # pairs that see each other
     some_QK = np.zeros((tiles, tiles), dtype=bool)
     paths: list[tuple[tuple[int, int], ...]] = []
-    for start, length, parent in zip(segments.starts, segments.lengths, segments.parents, strict=True):
+    for start, length, parent in zip(layout.starts, layout.lengths, layout.parents, strict=True):
         above = paths[parent] if parent >= 0 else ()
         paths.append((*above, (start, start + length)) if length else above)
         for begin, end in _cut(start, start + length):
             for keys in above:
-                _count(segments.positions, (begin, end), keys, window, seen_QK, some_QK)
+                _count(layout.positions, (begin, end), keys, window, seen_QK, some_QK)
             if length:
-                _count(segments.positions, (begin, end), (start, end), window, seen_QK, some_QK)
+                _count(layout.positions, (begin, end), (start, end), window, seen_QK, some_QK)
     alone = np.arange(total - spare, total) // TILE
     np.add.at(seen_QK, (alone, alone), 1)
     some_QK[alone, alone] = True
@@ -147,12 +136,12 @@ def _count(
         seen_QK[row, begin // TILE] += int(np.clip(distance, 0, end - begin).sum())
 
 
-def build_block_mask(segments: Segments, spare: int, window: int | None, device: torch.device) -> BlockMask:
+def build_block_mask(layout: Layout, spare: int, window: int | None, device: torch.device) -> BlockMask:
     """FlexAttention's mask over the stream of a forest."""
-    some_QK, all_QK = find_tiles(segments, spare, window)
-    total = len(segments.positions) + spare
+    some_QK, all_QK = find_tiles(layout, spare, window)
+    total = len(layout.positions) + spare
     (num_some, some), (num_whole, whole) = _order(some_QK, device), _order(all_QK, device)
-    sees = build_sees(torch.from_numpy(mark_tokens(segments, spare)).to(device), window)
+    sees = build_sees(torch.from_numpy(mark_tokens(layout, spare)).to(device), window)
     mask: BlockMask = BlockMask.from_kv_blocks(
         num_some, some, num_whole, whole, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(total, total)
     )
@@ -212,15 +201,15 @@ def _measure(device: torch.device, heads: tuple[int, int, int], dtype: torch.dty
     """The largest gap to plain attention over a small forest, with a window and without, of two lengths."""
     num_heads, key_heads, width = heads
     positions = np.concatenate([np.arange(190), 40 + np.arange(70), np.arange(45)])
-    segments = Segments([0, 40, 190, 260], [40, 150, 70, 45], [-1, 0, 0, -1], positions)
+    layout = Layout([0, 40, 190, 260], [40, 150, 70, 45], [-1, 0, 0, -1], positions)
     generator = torch.Generator().manual_seed(0)
     scale, gaps = 1.0 / math.sqrt(width), []
     for window, spare in ((None, 15), (None, 0), (60, 0)):
         total = len(positions) + spare
         shapes = [(num_heads, total, width), (key_heads, total, width), (key_heads, total, width)]
         given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-        mask = build_block_mask(segments, spare, window, device)
-        sees = build_sees(torch.from_numpy(mark_tokens(segments, spare)).to(device), window)
+        mask = build_block_mask(layout, spare, window, device)
+        sees = build_sees(torch.from_numpy(mark_tokens(layout, spare)).to(device), window)
         attend = functools.partial(attend_flex, mask=mask, scale=scale)
         gaps.append(measure_gap(attend, functools.partial(attend_plainly, sees=sees, scale=scale), given))
     return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps)

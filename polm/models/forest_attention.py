@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from polm.errors import ModelError
-from polm.models.flex_attention import Segments, attend_flex, build_block_mask, can_flex
+from polm.models.flex_attention import attend_flex, build_block_mask, can_flex
 from polm.models.kernels.attention import KERNEL_BLOCK, KernelBlocks, attend_blocks, build_kernel_blocks, can_attend
-from polm.tokens import Array, TokenBatch
+from polm.tokens import Array, Layout, TokenBatch
 
 FOREST = "polm_forest"
 QUERY_BLOCK = 128
@@ -91,8 +91,8 @@ def forest_attention(
     return out_THD.unsqueeze(0), None
 
 
+# No mask is registered beside it: transformers then makes none, and asks no device whether sequences are packed.
 AttentionInterface.register(FOREST, forest_attention)
-AttentionMaskInterface.register(FOREST, lambda *_, **__: None)
 
 
 @dataclass(frozen=True)
@@ -126,26 +126,26 @@ class ForestPlan:
     made when it is first asked for.
     """
 
-    def __init__(self, segments: Segments, num_heads: int, spare: int, device: torch.device, *, round_up: bool):
-        self.segments, self.num_heads, self.spare = segments, num_heads, spare
+    def __init__(self, layout: Layout, num_heads: int, spare: int, device: torch.device, *, round_up: bool):
+        self.layout, self.num_heads, self.spare = layout, num_heads, spare
         self.device, self.round_up = device, round_up
         self._bias: dict[int | None, list[Tensor]] = {}
         self._masks: dict[int | None, BlockMask] = {}
 
     @cached_property
     def kernel_blocks(self) -> KernelBlocks:
-        blocks = _cut_blocks(self.segments, KERNEL_BLOCK)
+        blocks = _cut_blocks(self.layout, KERNEL_BLOCK)
         return build_kernel_blocks([b.queries for b in blocks], [b.keys for b in blocks], [b.root for b in blocks])
 
     @cached_property
     def _padded(self) -> tuple[list[_Group], Tensor]:
         """The groups, and the place of each stream token among their padded queries (0 for spare rows)."""
-        inverse = np.zeros(len(self.segments.positions) + self.spare, dtype=np.int64)
+        inverse = np.zeros(len(self.layout.positions) + self.spare, dtype=np.int64)
         groups: list[_Group] = []
         offset = 0
         max_area = MAX_SCORES["cpu" if self.device.type == "cpu" else "other"] // self.num_heads
-        for members in _group_blocks(_cut_blocks(self.segments, QUERY_BLOCK), max_area):
-            positions = self.segments.positions
+        for members in _group_blocks(_cut_blocks(self.layout, QUERY_BLOCK), max_area):
+            positions = self.layout.positions
             groups.append(_build_group(members, positions, inverse, offset, self.device, self.round_up))
             offset += groups[-1].num_blocks * groups[-1].num_queries
         return groups, torch.from_numpy(inverse).to(self.device)
@@ -165,7 +165,7 @@ class ForestPlan:
 
     def block_mask(self, window: int | None) -> BlockMask:
         if window not in self._masks:
-            self._masks[window] = build_block_mask(self.segments, self.spare, window, self.device)
+            self._masks[window] = build_block_mask(self.layout, self.spare, window, self.device)
         return self._masks[window]
 
     def attend(
@@ -214,21 +214,22 @@ def build_plan(
     stand before it: a root of its own, under which all trees of the batch hang. With `round_up` the products have
     round sizes, for the reason that `round_rows` gives.
     """
-    starts, lengths, parents = batch.starts_S.tolist(), batch.lengths_S.tolist(), batch.parents_S.tolist()
-    positions = batch.positions_T.cpu().numpy()
+    layout = batch.layout
     if virtual:
-        starts, lengths = [0, *(start + virtual for start in starts)], [virtual, *lengths]
-        parents = [-1, *(parent + 1 for parent in parents)]  # a root's parent, -1, becomes the new root, 0
-        positions = np.concatenate([np.arange(virtual), positions + virtual])
-    segments = Segments(starts, lengths, parents, positions)
-    return ForestPlan(segments, num_heads, spare, batch.tokens_T.device, round_up=round_up)
+        layout = Layout(
+            starts=[0, *(start + virtual for start in layout.starts)],
+            lengths=[virtual, *layout.lengths],
+            parents=[-1, *(parent + 1 for parent in layout.parents)],  # a root's parent, -1, becomes the new root, 0
+            positions=np.concatenate([np.arange(virtual), layout.positions + virtual]),
+        )
+    return ForestPlan(layout, num_heads, spare, batch.tokens_T.device, round_up=round_up)
 
 
-def _cut_blocks(segments: Segments, most_queries: int) -> list[_Block]:
+def _cut_blocks(layout: Layout, most_queries: int) -> list[_Block]:
     blocks = []
     paths: list[tuple[tuple[int, int], ...]] = []
     roots: list[int] = []
-    for start, length, parent in zip(segments.starts, segments.lengths, segments.parents, strict=True):
+    for start, length, parent in zip(layout.starts, layout.lengths, layout.parents, strict=True):
         above = paths[parent] if parent >= 0 else ()
         roots.append(roots[parent] if parent >= 0 else len(roots))
         paths.append((*above, (start, start + length)) if length else above)

@@ -17,7 +17,7 @@ def compute_path_lengths(batch: TokenBatch) -> Tensor:
     A sequence is the path from a root to a leaf: a packed document, or a prompt with one answer behind it. A token of
     a prompt that several answers share belongs to several sequences; the longest one counts.
     """
-    lengths, parents = batch.lengths_S.tolist(), batch.parents_S.tolist()
+    lengths, parents = batch.layout.lengths, batch.layout.parents
     ends: list[int] = []  # parents stand before children
     for length, parent in zip(lengths, parents, strict=True):
         ends.append(length + (ends[parent] if parent >= 0 else 0))

@@ -74,6 +74,10 @@ class OnlineSource:
     def num_updates(self) -> int:
         return self.sampler.num_updates
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def resumable(self, update: int) -> bool:
         del update
         return True

@@ -52,6 +52,10 @@ class PPOSource:
     def num_updates(self) -> int:
         return self.rollouts.num_updates
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def resumable(self, update: int) -> bool:
         return self.rollouts.resumable(update)
 

@@ -102,6 +102,10 @@ class RolloutSource:
     def updates_per_rollout(self) -> int:
         return self.minibatches * self.epochs
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def resumable(self, update: int) -> bool:
         return update % self.updates_per_rollout == 0
 

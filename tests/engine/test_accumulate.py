@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from polm.engine.fit import accumulate
+from polm.engine.fit import accumulate, add_up
 from polm.objectives.ntp import build_ntp
 from polm.objectives.remit import build_remit
 from polm.tokens import Loss, Metric, Objective, Scores, TokenBatch, Tree, build_document, collate
@@ -94,3 +96,29 @@ def test_metrics_are_means_over_the_whole_update(build_tiny: Callable[..., PreTr
     loss, metrics = accumulate(build_tiny(), batches, Objective("made up", compute), 1.0, False)
     assert loss == 2.0
     assert metrics == {"a/mean": 2.0, "a/histogram": [1.5, 2.0]}
+
+
+class _Asking(TorchDispatchMode):
+    """Notes operations for which the host must wait: those that hand it a number, or a size that depends on one."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.WAITING:
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", [build_ntp(), REMIT], ids=lambda o: o.name)
+def test_an_update_asks_for_no_number(build_tiny: Callable[..., PreTrainedModel], objective: Objective) -> None:
+    """A GPU is given the whole update before the host waits for it."""
+    model, trees = build_tiny(), build_trees()
+    with _Asking() as mode:
+        sums = add_up(model, [collate(trees[:4]), collate(trees[4:])], objective, 1.0, False)
+        assert not mode.asked
+        sums.read()
+    assert mode.asked  # what the mode is worth

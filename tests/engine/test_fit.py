@@ -68,6 +68,41 @@ def build_source(settings: PackedSettings, num_docs: int = 24) -> PackedTrees:
     )
 
 
+class _Watched:
+    """A source that notes when it is asked, among what else happens."""
+
+    def __init__(self, inner: PackedTrees, reads_weights: bool, events: list[str]):
+        self.inner, self.reads_weights, self.events = inner, reads_weights, events
+        self.num_updates = inner.num_updates
+
+    def resumable(self, update: int) -> bool:
+        return self.inner.resumable(update)
+
+    def step(self, update: int, model: PreTrainedModel) -> Step:
+        self.events.append(f"batch {update}")
+        return self.inner.step(update, model)
+
+
+@pytest.mark.parametrize("reads_weights", [False, True])
+def test_batches_are_made_before_the_loss_is_waited_for(
+    build_tiny: Build, reads_weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that do not depend on the weights; each once, and the numbers are the same either way."""
+    settings, events = build_settings(updates=3), []
+    read = loop.Sums.read
+
+    def note_read(sums: loop.Sums) -> tuple[float, dict[str, Any]]:
+        events.append("loss")
+        return read(sums)
+
+    monkeypatch.setattr(loop.Sums, "read", note_read)
+    source = _Watched(build_source(settings), reads_weights, events)
+    found = fit(build_tiny(), source, build_ntp(), settings, tmp_path / "watched").last["loss"]
+    early = ["batch 0", "batch 1", "loss", "batch 2", "loss", "loss"]
+    assert events == (["batch 0", "loss", "batch 1", "loss", "batch 2", "loss"] if reads_weights else early)
+    assert found == fit(build_tiny(), build_source(settings), build_ntp(), settings, tmp_path / "plain").last["loss"]
+
+
 def train(build_tiny: Build, workdir: Path, settings: PackedSettings, stop_after: int = 0) -> dict[str, torch.Tensor]:
     """Weights after `fit` from the same start; with `stop_after` it is cut off after that many updates of this call."""
     model = build_tiny()
@@ -154,6 +189,7 @@ def test_no_restart_inside_a_rollout(build_tiny: Build, tmp_path: Path) -> None:
 
     class Rollouts:
         num_updates = 8
+        reads_weights = True
 
         def __init__(self, inner: PackedTrees):
             self.inner = inner

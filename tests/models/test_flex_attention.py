@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention as library
 
 from polm.models import flex_attention as ours
 from polm.models.flex_attention import (
-    Segments,
+    Layout,
     attend_flex,
     build_block_mask,
     build_sees,
@@ -43,10 +43,6 @@ FORESTS = {
     "one tile": draw_forest([3, 2], [[-1, 0]]),
     "whole tiles": draw_forest([128, 256], [[-1, 0]]),
 }
-
-
-def read_segments(batch: TokenBatch) -> Segments:
-    return build_plan(batch, 1).segments
 
 
 def list_seen(batch: TokenBatch, spare: int, window: int | None) -> torch.Tensor:
@@ -77,11 +73,11 @@ def test_the_mask_is_the_forest(name: str, spare: int, window: int | None) -> No
     """Each pair is in the mask where the rule says so; tiles that are left out or whole are exactly those."""
     batch = FORESTS[name]
     expected = list_seen(batch, spare, window)
-    segments = read_segments(batch)
+    layout = batch.layout
     places = torch.arange(len(expected))
-    sees = build_sees(torch.from_numpy(mark_tokens(segments, spare)), window)
+    sees = build_sees(torch.from_numpy(mark_tokens(layout, spare)), window)
     assert torch.equal(sees(places, places, places[:, None], places[None, :]), expected)
-    some, whole = find_tiles(segments, spare, window)
+    some, whole = find_tiles(layout, spare, window)
     for row, column in itertools.product(range(len(some)), repeat=2):
         tile = expected[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
         assert whole[row, column] == bool(tile.all() and tile.numel() == 128 * 128)
@@ -126,7 +122,7 @@ def test_a_new_batch_is_no_new_kernel() -> None:
     with torch.no_grad():
         for seed, lengths in enumerate([[150, 60, 70], [190, 30, 9], [40, 300, 5], [500, 1, 200], [129, 130, 131]]):
             batch = draw_forest(lengths, [[-1, 0], [-1]], seed)
-            mask = build_block_mask(read_segments(batch), 0, None, torch.device("cpu"))
+            mask = build_block_mask(batch.layout, 0, None, torch.device("cpu"))
             q, k, v = (torch.randn(1, heads, sum(lengths), 16) for heads in (4, 2, 2))
             found = function(q, k, v, block_mask=mask, scale=0.25, enable_gqa=True)
             expected = build_plan(batch, 4).attend(0, q[0], k[0], v[0], 0.25, None)
@@ -154,8 +150,8 @@ class TestTheProof:
     def test_a_wrong_mask_does_not_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = ours.find_tiles
 
-        def forget_one(segments: Segments, spare: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-            some, whole = right(segments, spare, window)
+        def forget_one(layout: Layout, spare: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+            some, whole = right(layout, spare, window)
             some[-1, 0] = False
             return some, whole
 

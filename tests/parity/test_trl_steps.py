@@ -33,6 +33,7 @@ class Same:
 
     batch: TokenBatch
     num_updates: int = NUM_UPDATES
+    reads_weights: bool = False
 
     def step(self, update: int, model: Any) -> Step:
         del update, model

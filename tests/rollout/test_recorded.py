@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from polm.models.adapters import attach_adapter
 from polm.models.kernels import install, proof
@@ -57,8 +57,7 @@ class Tracer:
 def tracer(monkeypatch: pytest.MonkeyPatch) -> Tracer:
     found = Tracer()
     monkeypatch.setattr(reader, "choose_recorder", lambda _: found)
-    # As under a capture: transformers looks at no numbers. The CPU's own kernels are no operations of torch: off.
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+    # They are no operations of torch, so a trace does not see them.
     monkeypatch.setattr(install, "load_library", lambda: None)
     monkeypatch.setattr(proof, "_found", {})
     return found

@@ -368,7 +368,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     adapter = {**KINDS[kind], **({"dropout": 0.2} if kind == "dora" else {})}
     more: dict[str, Any] = {"updates": 4, "checkpoint_every": 2, "optimizer": {"kind": optimizer, "weight_decay": 0.1}}
     run_sft(artifact, tmp_path / "whole", adapter, **more)
-    original = fit_module.accumulate
+    original = fit_module.add_up
     calls = []
 
     def die(*args: Any) -> Any:
@@ -377,13 +377,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(fit_module, "accumulate", die)
+    monkeypatch.setattr(fit_module, "add_up", die)
     with pytest.raises(KeyboardInterrupt):
         run_sft(artifact, tmp_path / "killed", adapter, **more)
     kept = load_file(tmp_path / "killed" / "checkpoint-00000002" / "weights.safetensors")
     assert kept
     assert all(".lora_" in name or name.startswith("prompt_encoder.") for name in kept)
-    monkeypatch.setattr(fit_module, "accumulate", original)
+    monkeypatch.setattr(fit_module, "add_up", original)
     run_sft(artifact, tmp_path / "killed", adapter, **more)
     assert hash_files(tmp_path / "killed" / "model") == hash_files(tmp_path / "whole" / "model")
 

@@ -78,7 +78,7 @@ def test_the_result_does_not_depend_on_what_is_beside_it() -> None:
 def test_threads_do_not_change_the_bits() -> None:
     plan = build_plan(collate(FORESTS["prompts with answers"]), 4)
     torch.manual_seed(2)
-    rows = len(plan.segments.positions)
+    rows = len(plan.layout.positions)
     query, key, value, grad = (torch.randn(rows, heads, 32).bfloat16() for heads in (4, 2, 2, 4))
     found = []
     for threads in (1, 2):
