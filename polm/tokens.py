@@ -74,6 +74,13 @@ def build_completions(
     return tuple(segments)
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The same tensor on `device`, without waiting for what a GPU still has to do."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from other memory a copy waits
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the segments of a stream lie, on the host, so that whoever plans over them waits for no device.
@@ -156,10 +163,10 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: send(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        streams = {name: value.to(device, non_blocking=True) for name, value in self.streams.items()}
-        marks = {name: value.to(device, non_blocking=True) for name, value in self.marks.items()}
+        streams = {name: send(value, device) for name, value in self.streams.items()}
+        marks = {name: send(value, device) for name, value in self.marks.items()}
         return replace(self, **moved, streams=streams, marks=marks)
 
     def with_streams(self, **streams: Tensor) -> TokenBatch:

@@ -41,8 +41,8 @@ class BatchSource(Protocol):
 
     @property
     def reads_weights(self) -> bool:
-        """Whether `step` depends on the weights. Where it does not, it is called while a GPU is still at the update
-        before."""
+        """Whether `step` depends on the weights, draws from torch's generator or asks the device for a number. Where it
+        does none of this, it is called while a GPU is still at the update before."""
         ...
 
     def step(self, update: int, model: Any) -> Step: ...
@@ -107,7 +107,7 @@ def fit(
     for update in range(progress.update, source.num_updates):
         torch.manual_seed(mix_seed(settings.seed, update))  # dropout, where a model has it
         rate = set_rate(optimizers, compute_rate_factor(update, source.num_updates, settings.schedule))
-        step = ahead or source.step(update, model)
+        step = source.step(update, model) if ahead is None else ahead
         sums = add_up(model, step.batches, objective, temperature, bf16)
         ahead = _look_ahead(source, update + 1, model)
         loss, measured = sums.read()
@@ -138,8 +138,16 @@ def fit(
 
 
 def _look_ahead(source: BatchSource, update: int, model: Trained) -> Step | None:
-    """The batches of `update` if they can be had now: a GPU computes until the host asks it for the loss."""
-    return source.step(update, model) if update < source.num_updates and not source.reads_weights else None
+    """The batches of `update` if they can be had now: a GPU computes until the host asks it for the loss.
+
+    None where they cannot be made: they are asked for again in their own update, which the error then stops.
+    """
+    if update >= source.num_updates or source.reads_weights:
+        return None
+    try:
+        return source.step(update, model)
+    except Exception:  # noqa: BLE001 (a batch must not cost the update before it)
+        return None
 
 
 def set_activation_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
@@ -176,11 +184,14 @@ class Sums:
 
     def read(self) -> tuple[float, dict[str, Any]]:
         """The loss and the averaged metrics; waits for the device."""
-        metrics = {
-            name: (top.cpu() if name.startswith(COUNT) else top.cpu() / bottom.cpu().clamp(min=1e-12)).tolist()
-            for name, (top, bottom) in self.metrics.items()
-        }
-        return float(self.total / self.denominator.clamp(min=1e-12)), metrics
+        parts = [self.total, self.denominator, *(part for pair in self.metrics.values() for part in pair)]
+        flat = torch.cat([part.reshape(-1) for part in parts]).cpu()  # one copy, one wait
+        numbers = torch.split(flat, [part.numel() for part in parts])
+        total, denominator, *rest = (own.view(part.shape) for own, part in zip(numbers, parts, strict=True))
+        metrics = {}
+        for name, top, bottom in zip(self.metrics, rest[::2], rest[1::2], strict=True):
+            metrics[name] = (top if name.startswith(COUNT) else top / bottom.clamp(min=1e-12)).tolist()
+        return float(total / denominator.clamp(min=1e-12)), metrics
 
 
 def accumulate(
@@ -194,7 +205,7 @@ def add_up(model: Trained, batches: Sequence[TokenBatch], objective: Objective, 
     """Gradients of sum(totals) / sum(denominators) over the micro-batches of one update, left in `.grad`.
 
     Sums are local and the division is global, so the split into micro-batches does not change the result. Nothing here
-    waits for a GPU.
+    waits for a GPU; an objective may (those of mid-training do not).
     """
     total = denominator = torch.zeros((), dtype=torch.float64, device=model.device)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -217,7 +228,9 @@ def add_up(model: Trained, batches: Sequence[TokenBatch], objective: Objective, 
 
 def _add(before: tuple[Tensor, Tensor] | None, metric: Metric) -> tuple[Tensor, Tensor]:
     total = metric.total.detach().double()
-    count = torch.as_tensor(metric.count, device=total.device).detach().double()
+    count = metric.count
+    # A fill, where a copy of a number would wait for the device.
+    count = count.detach().double() if isinstance(count, Tensor) else total.new_full((), float(count))
     return (total, count) if before is None else (before[0] + total, before[1] + count)
 
 

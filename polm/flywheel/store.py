@@ -240,11 +240,11 @@ def _read_peak_memory() -> float:
 def collect_versions() -> dict[str, str]:
     """What the numbers were made with."""
     packages = ["torch", "transformers", "tokenizers", "numpy", "math-verify"]
-    packages += [name for name in ("peft",) if find_spec(name) is not None]
+    packages += [name for name in ("peft", "liger-kernel", "triton") if find_spec(name.replace("-", "_")) is not None]
     machine = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count()), "machine": platform.machine()}
     machine["row_kernels"] = describe_kernels()
     if torch.cuda.is_available():
-        machine |= {"gpu": torch.cuda.get_device_name(), "gpu_kernels": describe_proofs()}
+        machine["gpu"] = torch.cuda.get_device_name()
     return {"polm": __version__, **{name: version(name) for name in packages}, **machine}
 
 
@@ -267,7 +267,7 @@ def write_manifest(work: Work, key: str, result: StageResult, started: datetime,
         "seconds": round(seconds, 3),
         "peak_rss_mb": _read_peak_memory(),
         "threads": torch.get_num_threads(),
-        "versions": collect_versions(),
+        "versions": collect_versions() | ({"gpu_kernels": tried} if (tried := describe_proofs()) else {}),
         "summary": dict(result.summary),
         "ledger": dict(result.ledger),
     }

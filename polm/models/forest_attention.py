@@ -195,13 +195,13 @@ class _Block:
         return self.queries[1] - self.queries[0]
 
 
-def round_rows(count: int, least: int = 64) -> int:
-    """`count` up to one of eight sizes an octave (and to a multiple of `least` where that is coarser).
+def round_rows(count: int) -> int:
+    """`count` up to one of eight sizes an octave (and to a multiple of 64 below 1,024).
 
     CPU bf16 products are compiled for each new shape, and the code is kept: with a free number of rows a long run's
     memory grows by hundreds of megabytes.
     """
-    step = max(least, 1 << max(0, count.bit_length() - 4))
+    step = max(64, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from polm.errors import ModelError, StoreError
-from polm.models.flex_attention import TILE
 from polm.models.forest_attention import FOREST, Attends, build_plan, round_rows
 from polm.models.kernels.install import install_kernels, kernels_while_sampling
 from polm.models.quantize import build_quantization, keep_differentiable
@@ -291,15 +290,15 @@ def compute_hidden(
     """Final hidden states of the stream, [T, width], after the last norm.
 
     A model's virtual tokens stand above all trees (`models/virtual.py`); their own states are not returned.
-    With `round_up` the products run over a round number of rows (see `round_rows`); the spare rows are cut off again.
+    With `round_up` the products of a CPU run over a round number of rows (see `round_rows`); the spare rows are cut off
+    again.
     `noise_TD` is added to what the embedding layer gives.
     """
     virtual = read_virtual(model)
     before = virtual.num if virtual is not None else 0
     first = before if virtual is not None and virtual.embeddings_PD is not None else 0  # rows before the batch's own
     rows = first + batch.num_tokens
-    on_gpu = batch.tokens_T.device.type == "cuda"  # where whole tiles have the simpler kernel
-    spare = (round_rows(rows, TILE) if on_gpu else round_rows(rows)) - rows if round_up else 0
+    spare = round_rows(rows) - rows if round_up and batch.tokens_T.device.type == "cpu" else 0
     plan: Attends = build_plan(
         batch, int(model.config.get_text_config().num_attention_heads), spare, before, round_up=round_up
     )

@@ -75,7 +75,7 @@ def build_nash_md(beta: float) -> Objective:
             "nash/preference": Metric(preference_A.sum(), count),
             "nash/log_ratio": Metric(log_ratio_A.sum(), count),
         }
-        return Loss(total, total.new_tensor(float(count)), metrics)
+        return Loss(total, total.new_full((), float(count)), metrics)
 
     return Objective(name="nash_md", compute=compute, reads=("weights", "ref_logprobs"))
 

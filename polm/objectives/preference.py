@@ -311,7 +311,7 @@ def _build_pairs(spec: PairLoss, knobs: Knobs) -> Objective:
             loss_P = loss_P - knobs.nll_weight * (logprobs_S[chosen_P] if spec.nll_sum else mean_P)
         if knobs.nll_weight or spec.compute is compute_orpo:
             metrics["dpo/nll"] = Metric(-mean_P.detach().sum(), count)
-        return Loss(loss_P.sum(), loss_P.new_tensor(float(count)), metrics)
+        return Loss(loss_P.sum(), loss_P.new_full((), float(count)), metrics)
 
     reads = ("weights", "ref_logprobs") if spec.reference else ("weights",)
     return Objective(name="dpo", compute=compute, needs=Needs(collisions=knobs.wpo), reads=reads)
@@ -337,7 +337,7 @@ def _build_answers(spec: AnswerLoss, knobs: Knobs) -> Objective:
             "dpo/anchor": Metric(anchor * count, count),
             **_side_metrics(logprobs_A[good], logprobs_A[bad], rewards_A[good], rewards_A[bad]),
         }
-        return Loss(loss_A.sum(), loss_A.new_tensor(float(count)), metrics)
+        return Loss(loss_A.sum(), loss_A.new_full((), float(count)), metrics)
 
     return Objective(name="dpo", compute=compute, reads=("weights", "ref_logprobs"))
 

@@ -45,7 +45,7 @@ def build_process_reward_model() -> Objective:
             "steps/right": Metric(right_N.sum(), count),
             "steps/label": Metric(labels_N.sum(), count),
         }
-        return Loss(loss_N.sum(), loss_N.new_tensor(float(count)), metrics)
+        return Loss(loss_N.sum(), loss_N.new_full((), float(count)), metrics)
 
     return Objective(
         name="process_reward_model", compute=compute, needs=Needs(values=True), reads=("weights", "labels")

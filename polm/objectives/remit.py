@@ -98,4 +98,5 @@ def compute_delta(scores: Scores, batch: TokenBatch, base: Base) -> Tensor:
 def compute_weight_histogram(weights_N: Tensor) -> Tensor:
     """Number of weights in each of 20 equal bins over [0, 2], [20] float32; 2 itself belongs to the last bin."""
     bins_N = (weights_N * (NUM_BINS / 2)).long().clamp(0, NUM_BINS - 1)
-    return torch.bincount(bins_N, minlength=NUM_BINS).float()
+    # No bincount, for which a GPU is asked for the largest bin.
+    return weights_N.new_zeros(NUM_BINS, dtype=torch.float32).scatter_add_(0, bins_N, torch.ones_like(bins_N).float())

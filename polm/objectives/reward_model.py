@@ -55,6 +55,6 @@ def build_reward_model(center_coefficient: float = 0.0) -> Objective:
             "reward/chosen": Metric(chosen_P.detach().sum(), count),
             "reward/rejected": Metric(rejected_P.detach().sum(), count),
         }
-        return Loss(loss_P.sum(), loss_P.new_tensor(float(count)), metrics)
+        return Loss(loss_P.sum(), loss_P.new_full((), float(count)), metrics)
 
     return Objective(name="reward_model", compute=compute, needs=Needs(values=True))

@@ -165,7 +165,7 @@ class Reader:
 
     def read_tokens(self, tokens_R: Array, positions_R: Array) -> Tensor:
         """Feed each live row's last token; returns the logits [R, V] of the next."""
-        if self.recorded is not None:
+        if self.recorded is not None and not self.recorded.given_up:
             return self.recorded.run(tokens_R, self.num_above + positions_R)
         rows = len(tokens_R)
         if self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu"):

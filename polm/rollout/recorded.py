@@ -5,8 +5,9 @@ A recorded step is launched as one. It can change nothing but the numbers in its
 positions that they look back on are rounded up to a few sizes, each with a recording of its own: spare rows come along
 and nobody reads what they give, and positions that a row has not reached are masked.
 
-The second step of a size is recorded, and held against the same step as it is: where recording fails or gives other
-numbers, all steps run as they are, and manifests say so.
+The second step of a size is recorded, and held against the same step as it is. Where a step asks the device for a
+number, which a recording cannot hold, where recording fails, or where it gives other numbers, this process records no
+more, and manifests say so.
 
 Shape suffixes: R rows, S slots, V vocabulary.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polm.models.kernels.build import explain_switch
-from polm.models.kernels.proof import FAILURES, note
+from polm.models.kernels.proof import WaitingOperations, describe, note
 from polm.tokens import Array
 
 NAME = "CUDA graphs"
@@ -34,9 +35,13 @@ Play = Callable[[], None]
 Recorder = Callable[[Callable[[Tensor, Tensor, Tensor], None], tuple[Tensor, Tensor, Tensor]], Play]
 
 
+_given_up: set[torch.device] = set()  # where a recording failed
+
+
 def choose_recorder(device: torch.device) -> Recorder | None:
     """How steps are recorded on a device; None where they are not."""
-    return CudaRecorder() if device.type == "cuda" and explain_switch() is None else None
+    wanted = device.type == "cuda" and explain_switch() is None and device not in _given_up
+    return CudaRecorder() if wanted else None
 
 
 class CudaRecorder:
@@ -48,10 +53,21 @@ class CudaRecorder:
     def __call__(
         self, function: Callable[[Tensor, Tensor, Tensor], None], buffers: tuple[Tensor, Tensor, Tensor]
     ) -> Play:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a judge's, a progress bar's) may go on with what they do.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            function(*buffers)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the pool is apart: what lies free elsewhere is of no use to it
+        # Not `torch.cuda.graph`: where the end of a capture fails, it leaves the process on the capture's stream.
+        torch.cuda.set_stream(stream)
+        try:
+            # Other threads (a judge's, a progress bar's) may go on with what they do.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                function(*buffers)
+            finally:
+                graph.capture_end()
+        finally:
+            torch.cuda.set_stream(before)
         return graph.replay
 
 
@@ -79,6 +95,10 @@ class RecordedSteps:
         self.logits_SV = torch.zeros((num_slots, vocab), dtype=torch.float32, device=device)
         self.met: set[tuple[int, int]] = set()
         self.plays: dict[tuple[int, int], Play] = {}
+
+    @property
+    def given_up(self) -> bool:
+        return self.recorder is None
 
     def run(self, tokens_R: Array, positions_R: Array) -> Tensor:
         """The logits [R, V] of each row's next token; they are overwritten by the next call."""
@@ -111,27 +131,37 @@ class RecordedSteps:
         self._write(size[1])(*self._buffers(size[0]))
 
     def _record(self, size: tuple[int, int]) -> None:
-        """Record the step that has just run, if it gives the same again."""
+        """Record the step that has just run, if it can be and gives the same again."""
         if self.recorder is None:
             return
+        expected_RV = self.logits_SV[: size[0]].clone()
+        with WaitingOperations() as waiting:  # a capture that fails may leave a process worse off: ask before
+            self._step(size)
+        if waiting.asked:
+            absence: str | None = f"the step waits for the device ({waiting.asked[0]})"
+        else:
+            absence = self._try_to_record(size, expected_RV)
+        note(NAME, absence)
+        if absence is not None:
+            _given_up.add(self.logits_SV.device)
+            self.recorder = None
+            self.plays.clear()
+            self.logits_SV[: size[0]].copy_(expected_RV)
+
+    def _try_to_record(self, size: tuple[int, int], expected_RV: Tensor) -> str | None:
+        assert self.recorder is not None
         logits_RV = self.logits_SV[: size[0]]
-        expected_RV = logits_RV.clone()
         try:
             play = self.recorder(self._write(size[1]), self._buffers(size[0]))
             logits_RV.zero_()
             play()
             gap = float((logits_RV - expected_RV).abs().max() / expected_RV.abs().max().clamp(min=1e-9))
-        except FAILURES as error:
-            first_line = (str(error).splitlines() or [""])[0][:200]
-            absence: str | None = f"cannot record here: {type(error).__name__}: {first_line}"
-        else:
-            # Logits that are no numbers are the caller's to report.
-            same = gap <= TOLERANCE or not bool(torch.isfinite(expected_RV).all())
-            absence = None if same else f"differ from the steps that they record by {gap:.1g}"
-        note(NAME, absence)
-        if absence is None:
-            self.plays[size] = play
-        else:
-            self.recorder = None
-            self.plays.clear()
-            logits_RV.copy_(expected_RV)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 (a capture fails in many ways, and none is a reason to stop)
+            return f"cannot record here: {describe(error)}"
+        # Logits that are no numbers are the caller's to report.
+        if gap > TOLERANCE and bool(torch.isfinite(expected_RV).all()):
+            return f"differ from the steps that they record by {gap:.1g}"
+        self.plays[size] = play
+        return None

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from polm.engine.fit import accumulate, add_up
+from polm.models.kernels.proof import WaitingOperations
+from polm.objectives.distill import build_distill
 from polm.objectives.ntp import build_ntp
+from polm.objectives.plausible import build_plausible
 from polm.objectives.remit import build_remit
+from polm.objectives.rho1 import build_rho1
 from polm.tokens import Loss, Metric, Objective, Scores, TokenBatch, Tree, build_document, collate
 
 LENGTHS = (3, 17, 5, 11, 2, 23, 8, 13)
@@ -98,27 +101,29 @@ def test_metrics_are_means_over_the_whole_update(build_tiny: Callable[..., PreTr
     assert metrics == {"a/mean": 2.0, "a/histogram": [1.5, 2.0]}
 
 
-class _Asking(TorchDispatchMode):
-    """Notes operations for which the host must wait: those that hand it a number, or a size that depends on one."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in self.WAITING:
-            self.asked.append(str(func))
-        return func(*args, **(kwargs or {}))
+TOKEN_OBJECTIVES = [
+    build_ntp(),
+    REMIT,
+    build_rho1(keep=0.6, base="live", scope="batch"),
+    build_plausible(gamma=0.5, floor=0.1, denominator="tokens", shuffled=False),
+    build_distill(alpha=0.5, top_k=3),
+]
 
 
-@pytest.mark.parametrize("objective", [build_ntp(), REMIT], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", TOKEN_OBJECTIVES, ids=lambda o: o.name)
 def test_an_update_asks_for_no_number(build_tiny: Callable[..., PreTrainedModel], objective: Objective) -> None:
-    """A GPU is given the whole update before the host waits for it."""
-    model, trees = build_tiny(), build_trees()
-    with _Asking() as mode:
+    """A GPU is given the whole update before the host waits for it; so it is in pre-training, SFT and mid-training."""
+    rng = np.random.default_rng(1)
+    trees = []
+    for (root,) in build_trees():
+        more = {
+            "ref_ids": rng.integers(2, 40, (len(root), 3)),
+            "ref_topk": np.log(rng.dirichlet(np.ones(4), len(root))[:, :3]).astype(np.float32),
+        }
+        trees.append((replace(root, streams={**root.streams, **more}),))
+    model = build_tiny()
+    with WaitingOperations() as mode:
         sums = add_up(model, [collate(trees[:4]), collate(trees[4:])], objective, 1.0, False)
         assert not mode.asked
-        sums.read()
+        sums.total.item()
     assert mode.asked  # what the mode is worth

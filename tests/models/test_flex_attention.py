@@ -17,7 +17,6 @@ from polm.models import flex_attention as ours
 from polm.models.flex_attention import (
     Layout,
     attend_flex,
-    build_block_mask,
     build_sees,
     explain_flex_absence,
     find_tiles,
@@ -75,7 +74,7 @@ def test_the_mask_is_the_forest(name: str, spare: int, window: int | None) -> No
     expected = list_seen(batch, spare, window)
     layout = batch.layout
     places = torch.arange(len(expected))
-    sees = build_sees(torch.from_numpy(mark_tokens(layout, spare)), window)
+    sees = build_sees(torch.from_numpy(mark_tokens(layout, spare, window)))
     assert torch.equal(sees(places, places, places[:, None], places[None, :]), expected)
     some, whole = find_tiles(layout, spare, window)
     for row, column in itertools.product(range(len(some)), repeat=2):
@@ -109,8 +108,8 @@ def test_numbers_and_gradients_are_those_of_the_batched_products(
         assert torch.allclose(found, expected, atol=2e-6), (found - expected).abs().max()
 
 
-def test_a_new_batch_is_no_new_kernel() -> None:
-    """Other lengths, other trees, other tiles: after the second, nothing is compiled again."""
+def test_a_new_batch_is_no_new_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other lengths, other trees, other numbers of tiles, other windows: nothing is compiled again."""
     torch._dynamo.reset()
     compiled: list[int] = []
 
@@ -118,16 +117,22 @@ def test_a_new_batch_is_no_new_kernel() -> None:
         compiled.append(len(inputs))
         return graph
 
-    function = torch.compile(library.flex_attention, backend=note)
-    with torch.no_grad():
-        for seed, lengths in enumerate([[150, 60, 70], [190, 30, 9], [40, 300, 5], [500, 1, 200], [129, 130, 131]]):
-            batch = draw_forest(lengths, [[-1, 0], [-1]], seed)
-            mask = build_block_mask(batch.layout, 0, None, torch.device("cpu"))
-            q, k, v = (torch.randn(1, heads, sum(lengths), 16) for heads in (4, 2, 2))
-            found = function(q, k, v, block_mask=mask, scale=0.25, enable_gqa=True)
-            expected = build_plan(batch, 4).attend(0, q[0], k[0], v[0], 0.25, None)
-            assert torch.allclose(found[0].transpose(0, 1), expected, atol=2e-6)
-    assert 1 <= len(compiled) <= 2
+    monkeypatch.setattr(ours, "_compile", lambda: torch.compile(library.flex_attention, dynamic=True, backend=note))
+    monkeypatch.setattr(library, "_validate_device", lambda *_: None)
+    counts = []
+    for seed, lengths in enumerate([[150, 60, 70], [190, 300, 9], [40, 300, 5], [500, 1, 200], [129, 130, 131]]):
+        batch = draw_forest(lengths, [[-1, 0], [-1]], seed)
+        plan = build_plan(batch, 4)
+        # As the layers hand them over: views of products, with the tokens first in memory.
+        q, k, v = (torch.randn(sum(lengths), heads, 16).transpose(0, 1) for heads in (4, 2, 2))
+        for window, grad in itertools.product([None, 100], [False, True]):
+            with torch.set_grad_enabled(grad):
+                found = attend_flex(q.clone().requires_grad_(grad), k, v, plan.block_mask(window), 0.25)
+            expected = plan.attend(0, q, k, v, 0.25, window)
+            assert torch.allclose(found, expected, atol=2e-6)
+        counts.append(len(compiled))
+    assert 2 <= counts[0] <= 4  # with gradients and without
+    assert set(counts) == {counts[0]}
 
 
 class TestTheProof:
@@ -140,31 +145,33 @@ class TestTheProof:
         explain_flex_absence.cache_clear()
 
     def test_right_numbers_pass(self) -> None:
-        assert explain_flex_absence(torch.device("cpu"), 4, 2, 16) is None
+        assert explain_flex_absence(torch.device("cpu"), torch.float32, 4, 2, 16) is None
 
     def test_narrow_heads_and_the_switch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert "narrower than 16" in str(explain_flex_absence(torch.device("cpu"), 4, 2, 8))
+        assert "narrower than 16" in str(explain_flex_absence(torch.device("cpu"), torch.float32, 4, 2, 8))
         monkeypatch.setenv("POLM_KERNELS", "off")
-        assert explain_flex_absence(torch.device("cpu"), 4, 2, 32) == "POLM_KERNELS is off"
+        assert explain_flex_absence(torch.device("cpu"), torch.float32, 4, 2, 32) == "POLM_KERNELS is off"
 
     def test_a_wrong_mask_does_not_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = ours.find_tiles
 
         def forget_one(layout: Layout, spare: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
             some, whole = right(layout, spare, window)
-            some[-1, 0] = False
+            some[tuple(np.argwhere(some)[0])] = False
             return some, whole
 
         monkeypatch.setattr(ours, "find_tiles", forget_one)
         monkeypatch.setattr(ours, "attend_flex", attend_by_tiles)
-        assert "differs from plain operations" in str(explain_flex_absence(torch.device("cpu"), 4, 2, 16))
+        assert "differs from plain operations" in str(
+            explain_flex_absence(torch.device("cpu"), torch.float32, 4, 2, 16)
+        )
 
     def test_a_failure_is_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("no kernel for this GPU\nsecond line")
 
         monkeypatch.setattr(ours, "_compile", lambda: fail)
-        reason = explain_flex_absence(torch.device("cpu"), 2, 2, 16)
+        reason = explain_flex_absence(torch.device("cpu"), torch.float32, 2, 2, 16)
         assert reason == "does not run here: RuntimeError: no kernel for this GPU"
 
 

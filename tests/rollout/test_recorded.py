@@ -1,7 +1,7 @@
 """Recorded decoding steps give what the steps give, over batches that shrink, move and are filled again.
 
 There is no CUDA here. A trace of the operations (`make_fx`) stands in for a CUDA graph: it too holds nothing of the
-host's code, reads and writes the same memory when it is played, and fails where the host would wait for a number.
+host's code, and reads and writes the same memory when it is played.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from polm.models.adapters import attach_adapter
 from polm.models.kernels import install, proof
 from polm.models.loading import prepare_model
 from polm.recipe import AdapterSettings
-from polm.rollout import reader
+from polm.rollout import reader, recorded
 from polm.rollout.generate import Completion, Mixture, SamplingParams, generate
 from polm.rollout.recorded import RecordedSteps, choose_recorder, round_positions, round_rows
 
@@ -60,6 +60,7 @@ def tracer(monkeypatch: pytest.MonkeyPatch) -> Tracer:
     # They are no operations of torch, so a trace does not see them.
     monkeypatch.setattr(install, "load_library", lambda: None)
     monkeypatch.setattr(proof, "_found", {})
+    monkeypatch.setattr(recorded, "_given_up", set())
     return found
 
 
@@ -174,19 +175,39 @@ def test_a_recording_that_gives_other_numbers_is_given_up(
     assert tracer.recorded == 0
 
 
-def test_a_host_that_waits_for_a_number_cannot_be_recorded() -> None:
-    """What the stand-in is worth: it refuses what a CUDA graph refuses."""
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda positions: int(positions.max()),
+        lambda positions: positions.nonzero().float().mean(),
+        lambda positions: positions[positions > 3].float().mean(),
+        lambda positions: positions.unique().float().mean(),
+        lambda positions: positions.bincount().float().mean(),
+    ],
+    ids=["number", "nonzero", "mask", "unique", "bincount"],
+)
+def test_a_step_that_waits_for_the_device_is_not_recorded(
+    wait: Callable[[torch.Tensor], Any], tracer: Tracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is tried, for a capture that fails may leave a process worse off."""
+    monkeypatch.setattr(recorded, "_given_up", set())
 
     def look(tokens_R: torch.Tensor, positions_R: torch.Tensor, end: int) -> torch.Tensor:
-        return torch.zeros(len(tokens_R), 5) + int(positions_R.max()) + end
+        return torch.zeros(len(tokens_R), 5) + wait(positions_R) + end
 
-    proof._found.clear()
-    tracer = Tracer()
     steps = RecordedSteps(look, tracer, 4, 200, 5, torch.device("cpu"))
     for _ in range(3):
-        steps.run(np.array([1, 2]), np.array([3, 7]))
+        found = steps.run(np.array([1, 2]), np.array([3, 7]))
+    assert torch.equal(found, look(torch.zeros(2), torch.tensor([3, 7]), 128))
     assert tracer.recorded == 0
-    assert "cannot record here" in proof.describe_proofs()
+    assert steps.given_up
+    assert recorded._given_up == {torch.device("cpu")}
+    assert "the step waits for the device (aten." in proof.describe_proofs()
+
+
+def test_a_device_on_which_it_failed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_given_up", {torch.device("cuda:0")})
+    assert choose_recorder(torch.device("cuda:0")) is None
 
 
 def test_sizes_by_hand() -> None:

@@ -67,7 +67,10 @@ def choose_kernels(tensor: Tensor) -> RowKernels | None:
         return None
     if tensor.device.type == "cpu":
         return CPU if load_library() is not None else None
-    return GPU if tensor.device.type == "cuda" and liger.explain_liger_absence(tensor.device) is None else None
+    if tensor.device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if _is_bf16(tensor) else torch.float32
+    return GPU if liger.explain_liger_absence(tensor.device, dtype) is None else None
 
 
 def _is_bf16(tensor: Tensor) -> bool:

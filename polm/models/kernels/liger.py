@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from polm.models.kernels.build import explain_switch
 from polm.models.kernels.proof import explain_gap, measure_gap, note
 
-NAME = "liger-kernel"
+MANY_ROWS = 1 << 15  # from so many on it takes blocks of rows
 NORM_STYLE = "llama"  # the normalised row is rounded to its dtype, then weighed: as the layers of transformers do
 
 
@@ -70,19 +71,18 @@ def swiglu(gate_TF: Tensor, upper_TF: Tensor) -> Tensor:
 
 
 @functools.cache
-def explain_liger_absence(device: torch.device) -> str | None:
-    """Why liger-kernel is not taken on this device; None where it is."""
+def explain_liger_absence(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why liger-kernel is not taken on this device for activations of this dtype; None where it is."""
+    name = f"liger-kernel ({str(dtype).removeprefix('torch.')})"
     if (off := explain_switch()) is not None:
-        return note(NAME, off)
-    try:
-        _load()
-    except ImportError as error:
-        return note(NAME, f"cannot be imported ({error}); install polm[gpu]")
-    return explain_gap(NAME, functools.partial(_measure, device))
+        return note(name, off)
+    if find_spec("liger_kernel") is None:
+        return note(name, "not installed; install polm[gpu]")
+    return explain_gap(name, functools.partial(_measure, device, dtype), dtype)
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest gap of the three kernels."""
+    """The largest gap of the kernels; the norm has another one for many narrow rows, and one for frozen weights."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -93,8 +93,12 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     cosine, sine = angles.cos(), angles.sin()
     turn = functools.partial(rotate_heads, norms=(None, None), cosine_TD=cosine, sine_TD=sine)
     turn_plainly = functools.partial(_rotate_plainly, cosine_TD=cosine, sine_TD=sine)
+    norm = functools.partial(rms_norm, eps=1e-6, dtype=dtype)
+    frozen, frozen_plainly = functools.partial(norm, weight_D=weight), functools.partial(_norm_plainly, weight_D=weight)
     return max(
-        measure_gap(lambda x, w: rms_norm(x, w, 1e-6, dtype), _norm_plainly, [draw(9, 32).to(dtype), weight]),
+        measure_gap(norm, _norm_plainly, [draw(9, 32).to(dtype), weight]),
+        measure_gap(norm, _norm_plainly, [draw(MANY_ROWS, 32).to(dtype), weight]),
+        measure_gap(frozen, frozen_plainly, [draw(9, 32).to(dtype)]),
         measure_gap(turn, turn_plainly, [draw(9, 4, 32).to(dtype), draw(9, 2, 32).to(dtype)]),
         measure_gap(swiglu, _swiglu_plainly, [draw(9, 48).to(dtype), draw(9, 48).to(dtype)]),
         key=lambda gap: float("inf") if gap != gap else gap,

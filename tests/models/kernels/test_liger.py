@@ -79,6 +79,7 @@ def _ask_anew() -> None:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """liger-kernel's functions as plain operations of the same signatures."""
+    monkeypatch.setattr(liger, "find_spec", lambda _: "here")
     monkeypatch.setattr(liger, "_load", lambda: liger._Functions(plain_norm, plain_rope, plain_silu_mul))
 
 
@@ -112,8 +113,8 @@ def test_layers_that_call_them_compute_what_they_did(family: str, monkeypatch: p
 @pytest.mark.usefixtures("stand_ins")
 def test_right_numbers_pass_and_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "_found", {})
-    assert explain_liger_absence(CPU) is None
-    assert proof.describe_proofs() == "liger-kernel: in use"
+    assert explain_liger_absence(CPU, torch.float32) is None
+    assert proof.describe_proofs() == "liger-kernel (float32): in use"
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -122,7 +123,7 @@ def test_wrong_numbers_do_not_pass(name: str, monkeypatch: pytest.MonkeyPatch) -
     functions = vars(liger._load()) | {name: lambda *given: spoil(getattr(liger_before, name)(*given))}
     liger_before = liger._load()
     monkeypatch.setattr(liger, "_load", lambda: liger._Functions(**functions))
-    assert "differs from plain operations by" in str(explain_liger_absence(CPU))
+    assert "differs from plain operations by" in str(explain_liger_absence(CPU, torch.float32))
 
 
 def spoil(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -132,16 +133,30 @@ def spoil(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tu
 
 
 def test_without_the_package_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    liger._load.cache_clear()
-    assert "install polm[gpu]" in str(explain_liger_absence(CPU))
+    monkeypatch.setattr(liger, "find_spec", lambda _: None)
+    assert "install polm[gpu]" in str(explain_liger_absence(CPU, torch.float32))
+
+
+class Broken(Exception):
+    """Triton's errors are no RuntimeErrors."""
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_errors_of_the_compiler_are_reasons_and_a_full_memory_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> liger._Functions:
+        raise error
+
+    monkeypatch.setattr(liger, "_load", lambda: fail(Broken("no compiler\nmore")))
+    assert explain_liger_absence(CPU, torch.float32) == "does not run here: Broken: no compiler"
+    explain_liger_absence.cache_clear()
+    monkeypatch.setattr(liger, "_load", lambda: fail(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        explain_liger_absence(CPU, torch.float32)
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLM_KERNELS", "off")
-    assert explain_liger_absence(CPU) == "POLM_KERNELS is off"
+    assert explain_liger_absence(CPU, torch.float32) == "POLM_KERNELS is off"
 
 
 INTERPRETED = """
@@ -165,6 +180,7 @@ def rsqrt(x):
 
 norms.rsqrt = rsqrt
 from polm.models.kernels import liger
+liger.MANY_ROWS = 64  # as many as it takes are too many for an interpreter
 print(liger._measure(torch.device("cpu"), torch.float32))
 """
 
