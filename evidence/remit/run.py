@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from tables import write_tables
+from tables import write_chains, write_study_tables, write_tables
 
 from polm.config import load_settings, validate
 from polm.evals.claims import build_claim, fill_tables, write_claims
@@ -229,7 +229,9 @@ def main() -> None:
     studies = {kind: build_claims(rows[kind], where=f"{kind}: ") for kind in STUDIES}
     write_claims(HERE / "result.json", [*claims, *(claim for found in studies.values() for claim in found)])
     print(write_table(claims))
-    fill_tables(HERE / "README.md", write_tables(rows["bases"], rows["whole"], claims))
+    tables = write_tables(rows["bases"], rows["whole"], claims) | write_study_tables(studies)
+    tables["chains"] = write_chains(rows["whole"])
+    fill_tables(HERE / "README.md", tables)
     for kind, found in studies.items():
         print(f"{kind}, {len(rows[kind])} seeds\n{write_table(found) if found else ''}")
     draw(claims, HERE / "figure.png")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from polm.evals.claims import build_claim
 from polm.report.compare import Arm, describe_point
 
 NTP = Arm(0, "ntp").label
@@ -33,6 +34,28 @@ ROAD = {
     "dpo/pass@1": "DPO, sampled",
     "rl/greedy": "RL, greedy",
     "rl/pass@1": "RL, sampled",
+}
+SPEED = {
+    "ntp75": "NTP, 75 updates",
+    "ntp110": "NTP, 110 updates",
+    "remit38": "ReMiT 0.8, 38 updates",
+    "remit75": "ReMiT 0.8, 75 updates",
+    "remit110": "ReMiT 0.8, 110 updates",
+    "plausible38": "plausible, 38 updates",
+    "plausible75": "plausible, 75 updates",
+    "plausible110": "plausible, 110 updates",
+}
+STUDY_NAMES = {
+    "clean": "no corrupted solutions",
+    "noisy": "60 % corrupted",
+    "no_prose": "no prose",
+    "prose": "80 % prose",
+    "no_direct": "no direct answers",
+    "weak_reference": "RL of 10 updates",
+    "strong_reference": "RL of 160 updates",
+    "short_annealing": "50 updates",
+    "long_annealing": "450 updates",
+    "size_2m": "2 M parameters",
 }
 RIVALS = ("remit02", "remit", "rho1", "distill", "sft_guided")
 Claims = Mapping[tuple[str, str, str], Mapping[str, Any]]
@@ -101,3 +124,50 @@ def write_tables(
     tables["bases"] = f"{write_levels([*bases, *whole], ['base'])}\n\n{tables['bases']}"
     tables["whole"] = f"{write_levels(whole, ['sft', 'dpo', 'rl'])}\n\n{tables['whole']}"
     return tables
+
+
+def write_study_tables(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """By the names of their marks: fewer updates against NTP's whole annealing, and the other regimes that were run.
+    `studies` holds the claims of each; one without claims has not been run."""
+    speed = index_claims(studies["speed"])
+    few = [(name, write_cells(speed, Arm(1, arm).label, NTP, list(BASE))) for arm, name in SPEED.items()]
+    rows = []
+    for study, words in STUDY_NAMES.items():
+        by_key = index_claims(studies[study])
+        found = [(NAMES[arm], write_cells(by_key, Arm(1, arm).label, NTP, list(BASE))) for arm in NAMES]
+        rows += [[words if not place else "", name, *cells] for place, (name, cells) in enumerate(_only_run(found))]
+    return {
+        "speed": write_table(["arm", *BASE.values()], [[name, *cells] for name, cells in _only_run(few)]),
+        "regimes": write_table(["what differs", "arm", *BASE.values()], rows) if rows else "None has been run.",
+    }
+
+
+def write_chains(rows: Sequence[Mapping[str, Any]]) -> str:
+    """By task, shortest solutions first: NTP's base made to work in steps, and what two weightings add to it."""
+    rows = [row for row in rows if NTP in row.get("benchmarks", {})]
+    arms = [Arm(1, name).label for name in ("remit", "plausible")]
+    names = sorted(rows[0]["benchmarks"][NTP], key=lambda name: _mean_of(rows, NTP, name, "tokens"))
+    lines = []
+    for name in names:
+        cells = [name, f"{_mean_of(rows, NTP, name, 'tokens'):.0f}"]
+        cells.append(f"{100 * _mean_of(rows, NTP, name, 'steps@1'):.1f}")
+        for arm in arms:
+            gains = [100 * (_score(row, arm, name, "steps@1") - _score(row, NTP, name, "steps@1")) for row in rows]
+            claim = build_claim(name, metric="steps@1", arm=arm, control=NTP, differences=gains, better="higher")
+            low, high = claim["interval95"]
+            cells.append(f"{claim['mean']:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−"))
+        lines.append(cells)
+    heads = ["task", "tokens of a solution", "NTP, in steps, %", "ReMiT 0.8", "plausible"]
+    return f"{len(rows)} seeds:\n\n{write_table(heads, lines)}"
+
+
+def _score(row: Mapping[str, Any], arm: str, task: str, metric: str) -> float:
+    return float(row["benchmarks"][arm][task][metric])
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]], arm: str, task: str, metric: str) -> float:
+    return float(np.mean([_score(row, arm, task, metric) for row in rows]))
+
+
+def _only_run(found: Sequence[tuple[str, list[str] | None]]) -> list[tuple[str, list[str]]]:
+    return [(name, cells) for name, cells in found if cells]
