@@ -1,6 +1,6 @@
 """What an update of annealing costs under each weighting, and what its reference costs beforehand.
 
-python evidence/remit/cost.py        # on a machine that does nothing else; about ten minutes
+python evidence/remit/cost.py        # on a machine that does nothing else; about eleven minutes
 
 The arms of bases.yaml anneal in turn, round after round, from one checkpoint on the same data, one process at a time;
 the ratio to NTP is taken within a round. Writes cost.json and the table of the README.
@@ -27,7 +27,7 @@ from polm.stages.common import Context
 from polm.stages.table import STAGES
 
 SEED = 3  # a tuning seed: no number of a model is reported from here
-ROUNDS = 7
+ROUNDS = 5
 UPDATES = 45  # of an arm in a round; every fifth is logged, and the first ten are not counted
 ARMS = ("ntp", "remit", "rho1", "plausible", "distill")  # the others compute what one of these does
 
