@@ -253,7 +253,7 @@ def tune(options: argparse.Namespace) -> None:
             model_folder(model)
             workers = compare(work, model, sides, options, math.inf)
             for side in sorted(sides, key=lambda s: -median(workers[s].rates())):
-                print(f"{work} {model} {side:22} {median(workers[side].rates()):10.2f} {workers[side].peak_mb:8.0f} MB")
+                print(f"{work} {model} {side:22} {median(workers[side].rates()):10.4g} {workers[side].peak_mb:8.0f} MB")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -94,15 +94,20 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "try-batch-16": {"batch": 16, "sort": True},
     },
     "generation-equal": {
-        "best": {"batch": 32, "sort": False},
+        "best": {"batch": 32, "sort": False, "half": True, "cache_implementation": "static"},
         "defaults": {"batch": 8, "sort": False},
         "try-batch-16": {"batch": 16, "sort": True},
-        "try-static": {"batch": 32, "sort": False, "cache_implementation": "static"},
+        "try-batch-32": {"batch": 32, "sort": False},
+        "try-half": {"batch": 32, "sort": False, "half": True},
     },
     "generation-varying": {
-        "best": {"batch": 32, "sort": False},
+        "best": {"batch": 8, "sort": False, "half": True},
         "defaults": {"batch": 8, "sort": False},
-        "try-batch-16": {"batch": 16, "sort": False},
+        "try-batch-32": {"batch": 32, "sort": False},
+        "try-half-16": {"batch": 16, "sort": False, "half": True},
+        "try-half-32": {"batch": 32, "sort": False, "half": True},
+        "try-half-static-8": {"batch": 8, "sort": False, "half": True, "cache_implementation": "static"},
+        "try-half-static-32": {"batch": 32, "sort": False, "half": True, "cache_implementation": "static"},
     },
 }
 
@@ -302,7 +307,7 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
     prompts = questions(SHAPES[spec.model]["vocab_size"], NUM_QUESTIONS, spec.seed)
     lengths = answer_lengths(len(prompts), spec.seed) if varying else [EQUAL_LENGTH] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if settings["sort"] else range(len(prompts))
-    extra = {k: v for k, v in settings.items() if k not in ("batch", "sort")}
+    extra = {k: v for k, v in settings.items() if k not in ("batch", "sort", "half")}
 
     class Ends(StoppingCriteria):  # type: ignore[misc]
         """Each row is done after its own number of tokens, as if an end token had come."""
@@ -320,7 +325,8 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
         ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in part])
         mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in part])
         # The guard is in float32 on both sides: the likeliest of random weights' tokens are close together.
-        half = spec.precision == "bf16" and how["do_sample"]
+        # With `half` the weights are bf16 by then; a static cache takes no autocast.
+        half = spec.precision == "bf16" and how["do_sample"] and not settings.get("half")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             out = model.generate(
                 input_ids=ids,
@@ -335,6 +341,8 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
 
     greedy = answer(list(range(4)), [8] * 4, do_sample=False)
     guard = float((greedy[:, :4] * torch.arange(1, 5)).sum())
+    if settings.get("half"):
+        model = model.to(torch.bfloat16)
 
     def call() -> dict[str, float]:
         for first in range(0, len(prompts), settings["batch"]):
