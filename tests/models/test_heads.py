@@ -220,7 +220,7 @@ def test_the_check_sees_a_wrong_attention_behind_a_head_of_zeros(
     base = build_tiny(40)
 
     def wrong(batch: Any, *more: int, **named: bool) -> Any:
-        batch.parents_S[1] = 0  # the second tree hangs below the first
+        batch.layout.parents[1] = 0  # the second tree hangs below the first
         return real(batch, *more, **named)
 
     monkeypatch.setattr(loading, "build_plan", wrong)
