@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from run import HERE, RUNS, load_recipe
-from tables import NAMES
+from tables import NAMES, write_table
 
 from polm.evals.claims import fill_tables
 from polm.flywheel.graph import Graph, Node, build_graph
@@ -50,34 +50,39 @@ def keep_ancestors(graph: Graph, nodes: Mapping[str, Node]) -> Graph:
     return {name: node for name, node in graph.items() if name in kept}
 
 
-def run_stage(plan: Plan, node: Node, **changes: Any) -> tuple[float, Path]:
-    """(seconds of the whole stage, its folder), from the artifacts of the plan."""
+def run_stage(plan: Plan, node: Node, folder: Path, **changes: Any) -> float:
+    """Seconds of the whole stage, from the artifacts of the plan."""
     inputs = {role: str(plan.folder(source)) for role, source in node.inputs.items()}
-    folder = Path(tempfile.mkdtemp(prefix="cost-"))
     began = time.perf_counter()
     STAGES[node.stage].run(node.settings.model_copy(update=changes), Context(folder, inputs, say=lambda _: None))
-    return time.perf_counter() - began, folder
+    return time.perf_counter() - began
 
 
 def measure_update(plan: Plan, node: Node) -> float:
     """Milliseconds of an update: the median over stretches of five."""
-    _, folder = run_stage(plan, node, updates=UPDATES, checkpoint_every=0, log_every=5)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        run_stage(plan, node, Path(folder), updates=UPDATES, checkpoint_every=0, log_every=5)
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return 200.0 * float(np.median(np.diff([line["seconds"] for line in lines[1:]])))
 
 
-def write_table(found: Mapping[str, Mapping[str, list[float]]], updates: int) -> str:
+def measure_annotation(plan: Plan, node: Node) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        return run_stage(plan, node, Path(folder))
+
+
+def write_costs(found: Mapping[str, Mapping[str, list[float]]], updates: int) -> str:
     """A row an arm: medians over the rounds, with the least and the greatest."""
     heads = ("arm", "an update, ms", "of NTP's", "the reference beforehand, s", "with it, of NTP's in all")
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     plain = np.array(found["ntp"]["update_ms"])
     for arm, numbers in found.items():
         own, before = np.array(numbers["update_ms"]), np.array(numbers.get("annotate_s", [0.0] * len(plain)))
         whole = (own * updates / 1000.0 + before) / (plain * updates / 1000.0)
         cells = [NAMES.get(arm, "NTP"), spread(own, 0), spread(own / plain, 2)]
         cells += [spread(before, 1) if before.any() else "–", spread(whole, 2)]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return write_table(heads, rows)
 
 
 def spread(numbers: np.ndarray, decimals: int) -> str:
@@ -102,14 +107,14 @@ def main() -> None:
             numbers = {"update_ms": measure_update(plan, node)}
             annotations = [graph[source] for source in node.inputs.values() if graph[source].stage == "annotate"]
             if annotations:
-                numbers["annotate_s"] = sum(run_stage(plan, one)[0] for one in annotations)
+                numbers["annotate_s"] = sum(measure_annotation(plan, one) for one in annotations)
             if number:  # the first round only warms up
                 for name, value in numbers.items():
                     found[arm].setdefault(name, []).append(value)
             print(number, arm, {name: round(value, 2) for name, value in numbers.items()}, flush=True)
     about = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "rounds": ROUNDS, "updates": recipe.midtrain.updates}
     (HERE / "cost.json").write_text(json.dumps({**about, "arms": found}, indent=1) + "\n")
-    fill_tables(HERE / "README.md", {"cost": write_table(found, int(recipe.midtrain.updates or 1))})
+    fill_tables(HERE / "README.md", {"cost": write_costs(found, int(recipe.midtrain.updates or 1))})
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class Sums:
     def read(self) -> tuple[float, dict[str, Any]]:
         """The loss and the averaged metrics; waits for the device."""
         parts = [self.total, self.denominator, *(part for pair in self.metrics.values() for part in pair)]
-        flat = torch.cat([part.reshape(-1) for part in parts]).cpu()  # one copy, one wait
+        flat = torch.cat([part.reshape(-1).to(self.total.device) for part in parts]).cpu()  # one copy, one wait
         numbers = torch.split(flat, [part.numel() for part in parts])
         total, denominator, *rest = (own.view(part.shape) for own, part in zip(numbers, parts, strict=True))
         metrics = {}

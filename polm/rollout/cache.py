@@ -167,3 +167,9 @@ def compute_ranges(starts: Array, lengths: Array) -> tuple[Array, Array]:
     ends = np.cumsum(lengths)
     offsets = np.arange(int(ends[-1]), dtype=np.int64) - np.repeat(ends - lengths, lengths)
     return np.repeat(starts, lengths) + offsets, offsets
+
+
+def round_width(size: int) -> int:
+    """`size` up to one of four sizes an octave (from 8 on), so that steps of like size are of the same."""
+    step = 1 << max(0, (size - 1).bit_length() - 3)
+    return -(-size // step) * step

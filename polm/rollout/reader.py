@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from polm.models.forest_attention import Attends, build_plan
 from polm.models.loading import output_head, output_logits
 from polm.models.virtual import PrefixPlan, VirtualTokens
-from polm.rollout.cache import Captured, DecodeCache, PrefillCapture, compute_ranges, read_cache_shape
+from polm.rollout.cache import Captured, DecodeCache, PrefillCapture, compute_ranges, read_cache_shape, round_width
 from polm.rollout.recorded import RecordedSteps, Recorder, choose_recorder
 from polm.tokens import Array, Segment, collate
 
@@ -89,13 +89,6 @@ def prefill(
     return Prefilled(
         first_group, capture.layers, batch.starts_S.cpu().numpy(), batch.lengths_S.cpu().numpy(), logits_PV
     )
-
-
-def round_width(rows: int) -> int:
-    """`rows` up to one of four sizes an octave (from 8 on): CPU bf16 products are compiled, and the code kept, for
-    each number of rows, and a batch that shrinks row by row goes through all of them."""
-    step = 1 << max(0, (rows - 1).bit_length() - 3)
-    return -(-rows // step) * step
 
 
 def read_static(model: PreTrainedModel, cache: DecodeCache, tokens_R: Tensor, positions_R: Tensor, end: int) -> Tensor:
@@ -169,7 +162,9 @@ class Reader:
             return self.recorded.run(tokens_R, self.num_above + positions_R)
         rows = len(tokens_R)
         if self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # The slots behind the live rows come along, at a place that is in use: nobody reads what they give.
+            # CPU bf16 products are compiled, and the code kept, for each number of rows, and a batch that shrinks goes
+            # through all of them. So slots behind the live rows come along, at a place that is in use, and nobody reads
+            # what they give.
             more = (0, min(round_width(rows), self.cache.num_slots) - rows)
             tokens_R, positions_R = np.pad(tokens_R, more), np.pad(positions_R, more, mode="edge")
         positions = self.cache.begin_step(self.num_above + positions_R)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from polm.models.kernels.build import explain_switch
 from polm.models.kernels.proof import WaitingOperations, describe, note
+from polm.rollout.cache import round_width
 from polm.tokens import Array
 
 NAME = "CUDA graphs"
@@ -71,15 +72,10 @@ class CudaRecorder:
         return graph.replay
 
 
-def round_rows(rows: int, num_slots: int) -> int:
-    """`rows` up to a power of two, and at most all slots."""
-    return min(1 << (rows - 1).bit_length(), num_slots)
-
-
-def round_positions(end: int, length: int) -> int:
-    """`end` up to one of four sizes an octave from 128 on, and at most the whole length."""
-    step = 1 << max(5, (end - 1).bit_length() - 3)
-    return min(max(LEAST_POSITIONS, -(-end // step) * step), length)
+def choose_size(rows: int, end: int, num_slots: int, length: int) -> tuple[int, int]:
+    """(rows, positions to look back on) of the step that serves so many: rows up to a power of two, positions up to one
+    of four sizes an octave from 128 on, at most what there is."""
+    return min(1 << (rows - 1).bit_length(), num_slots), min(max(LEAST_POSITIONS, round_width(end)), length)
 
 
 class RecordedSteps:
@@ -103,7 +99,7 @@ class RecordedSteps:
     def run(self, tokens_R: Array, positions_R: Array) -> Tensor:
         """The logits [R, V] of each row's next token; they are overwritten by the next call."""
         rows = len(tokens_R)
-        size = round_rows(rows, self.num_slots), round_positions(int(positions_R.max()) + 1, self.length)
+        size = choose_size(rows, int(positions_R.max()) + 1, self.num_slots, self.length)
         # The spare rows stand at a place that is in use.
         spare = (0, size[0] - rows)
         self.tokens_S[: size[0]].copy_(torch.from_numpy(np.pad(tokens_R, spare)))
@@ -111,11 +107,11 @@ class RecordedSteps:
         play = self.plays.get(size)
         if play is not None:
             play()
+        elif size in self.met and self.recorder is not None:
+            self._record(size, self.recorder)
         else:
-            self._step(size)
-            if size in self.met:
-                self._record(size)
             self.met.add(size)
+            self._step(size)
         return self.logits_SV[:rows]
 
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,29 +126,27 @@ class RecordedSteps:
     def _step(self, size: tuple[int, int]) -> None:
         self._write(size[1])(*self._buffers(size[0]))
 
-    def _record(self, size: tuple[int, int]) -> None:
-        """Record the step that has just run, if it can be and gives the same again."""
-        if self.recorder is None:
-            return
-        expected_RV = self.logits_SV[: size[0]].clone()
+    def _record(self, size: tuple[int, int], recorder: Recorder) -> None:
+        """Run the step, and record it if it can be and gives the same again."""
         with WaitingOperations() as waiting:  # a capture that fails may leave a process worse off: ask before
             self._step(size)
+        logits_RV = self.logits_SV[: size[0]]
+        expected_RV = logits_RV.clone()
         if waiting.asked:
             absence: str | None = f"the step waits for the device ({waiting.asked[0]})"
         else:
-            absence = self._try_to_record(size, expected_RV)
+            absence = self._try_to_record(size, recorder, expected_RV)
         note(NAME, absence)
         if absence is not None:
-            _given_up.add(self.logits_SV.device)
+            _given_up.add(logits_RV.device)
             self.recorder = None
             self.plays.clear()
-            self.logits_SV[: size[0]].copy_(expected_RV)
+            logits_RV.copy_(expected_RV)
 
-    def _try_to_record(self, size: tuple[int, int], expected_RV: Tensor) -> str | None:
-        assert self.recorder is not None
+    def _try_to_record(self, size: tuple[int, int], recorder: Recorder, expected_RV: Tensor) -> str | None:
         logits_RV = self.logits_SV[: size[0]]
         try:
-            play = self.recorder(self._write(size[1]), self._buffers(size[0]))
+            play = recorder(self._write(size[1]), self._buffers(size[0]))
             logits_RV.zero_()
             play()
             gap = float((logits_RV - expected_RV).abs().max() / expected_RV.abs().max().clamp(min=1e-9))

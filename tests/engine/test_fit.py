@@ -20,7 +20,7 @@ from polm.engine import fit as loop
 from polm.engine.checkpoint import list_checkpoints
 from polm.engine.fit import FitResult, MetricsLog, fit
 from polm.engine.score import score
-from polm.errors import ModelError, NonFiniteError, StoreError
+from polm.errors import DataError, ModelError, NonFiniteError, StoreError
 from polm.models.loading import prepare_model
 from polm.objectives.ntp import build_ntp
 from polm.objectives.remit import build_remit
@@ -101,6 +101,20 @@ def test_batches_are_made_before_the_loss_is_waited_for(
     early = ["batch 0", "batch 1", "loss", "batch 2", "loss", "loss"]
     assert events == (["batch 0", "loss", "batch 1", "loss", "batch 2", "loss"] if reads_weights else early)
     assert found == fit(build_tiny(), build_source(settings), build_ntp(), settings, tmp_path / "plain").last["loss"]
+
+
+def test_a_batch_that_cannot_be_made_costs_its_own_update_only(build_tiny: Build, tmp_path: Path) -> None:
+    class Broken(_Watched):
+        def step(self, update: int, model: PreTrainedModel) -> Step:
+            if update == 2:
+                raise DataError("line 7 of a file is broken")
+            return super().step(update, model)
+
+    settings = build_settings(updates=4)
+    with pytest.raises(DataError, match="line 7"):
+        fit(build_tiny(), Broken(build_source(settings), False, []), build_ntp(), settings, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2]
 
 
 def train(build_tiny: Build, workdir: Path, settings: PackedSettings, stop_after: int = 0) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from polm.models.loading import prepare_model
 from polm.recipe import AdapterSettings
 from polm.rollout import reader, recorded
 from polm.rollout.generate import Completion, Mixture, SamplingParams, generate
-from polm.rollout.recorded import RecordedSteps, choose_recorder, round_positions, round_rows
+from polm.rollout.recorded import RecordedSteps, choose_recorder, choose_size
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -211,9 +211,10 @@ def test_a_device_on_which_it_failed_is_not_tried_again(monkeypatch: pytest.Monk
 
 
 def test_sizes_by_hand() -> None:
-    assert [round_rows(n, 100) for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 100]
-    assert [round_positions(n, 1000) for n in (1, 128, 129, 160, 161, 257, 900)] == [128, 128, 160, 160, 192, 320, 1000]
-    assert round_positions(5, 40) == 40
+    assert [choose_size(n, 1, 100, 1000)[0] for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 100]
+    ends = (1, 128, 129, 160, 161, 257, 900)
+    assert [choose_size(1, n, 100, 1000)[1] for n in ends] == [128, 128, 160, 160, 192, 320, 1000]
+    assert choose_size(1, 5, 100, 40)[1] == 40
 
 
 def test_a_cpu_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,18 +10,18 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from polm.engine.fit import accumulate
 from polm.models.kernels import install, liger, proof
 from polm.models.kernels.build import explain_absence
 from polm.models.kernels.liger import explain_liger_absence
-from polm.models.loading import prepare_model
 from polm.objectives.ntp import build_ntp
 from polm.tokens import build_completions, build_document, collate
 
@@ -29,24 +29,6 @@ CPU = torch.device("cpu")
 absent = [name for name in ("triton", "liger_kernel") if find_spec(name) is None]
 needs_triton = pytest.mark.skipif(bool(absent), reason=f"{', '.join(absent)} not installed (pip install 'polm[gpu]')")
 needs_install = pytest.mark.skipif(explain_absence() is not None, reason=f"no layer is replaced: {explain_absence()}")
-
-
-def build_model(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        **({"sliding_window": 5} if family == "mistral" else {}),
-    )
-    return prepare_model(AutoModelForCausalLM.from_config(config), family)
 
 
 def plain_norm(
@@ -86,9 +68,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_install
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_layers_that_call_them_compute_what_they_did(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_call_them_compute_what_they_did(
+    family: str, build_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bf16 they are as near to the gradients of float64 as the layers' own code is."""
-    model = build_model(family)
+    model = build_tiny(97, architecture=family)
     ids = torch.randint(1, 97, (60,), generator=torch.Generator().manual_seed(1)).numpy()
     batch = collate([build_document(ids[:20]), build_completions(ids[20:30], [ids[30:45], ids[45:]])])
     double = copy.deepcopy(model).double()
