@@ -326,8 +326,8 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
         mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in part])
         # The guard is in float32 on both sides: the likeliest of random weights' tokens are close together.
         # With `half` the weights are bf16 by then; a static cache takes no autocast.
-        half = spec.precision == "bf16" and how["do_sample"] and not settings.get("half")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        cast = spec.precision == "bf16" and how["do_sample"] and not settings.get("half")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -341,7 +341,7 @@ def run_generation(channel: Channel, spec: Spec, settings: dict[str, Any], *, va
 
     greedy = answer(list(range(4)), [8] * 4, do_sample=False)
     guard = float((greedy[:, :4] * torch.arange(1, 5)).sum())
-    if settings.get("half"):
+    if settings.get("half") and spec.precision == "bf16":
         model = model.to(torch.bfloat16)
 
     def call() -> dict[str, float]:
