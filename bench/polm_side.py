@@ -31,6 +31,7 @@ from polm.engine.annotate import annotate_trees
 from polm.engine.device import pick_device, use_bf16
 from polm.engine.fit import BatchSource, fit
 from polm.engine.score import score
+from polm.models.halved import halve_matrices
 from polm.models.loading import load_model, load_tokenizer
 from polm.objectives.ntp import build_ntp
 from polm.objectives.policy_gradient import build_policy_gradient
@@ -308,6 +309,8 @@ def run_generation(channel: Channel, spec: Spec, *, varying: bool) -> None:
     greedy = generate(model, tokenizer, prompts[:4], SamplingParams(8, temperature=0.0, ignore_eos=True))
     guard = float(sum((i + 1) * int(t) for c in greedy for i, t in enumerate(c.tokens[:4])))
     params = SamplingParams(max(lengths), seed=spec.seed, ignore_eos=True)
+    if is_bf16(spec):
+        halve_matrices(model)
 
     def call() -> dict[str, float]:
         out = generate(model, tokenizer, prompts, params, bf16=is_bf16(spec), limits=lengths)

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from polm.errors import ModelError, StoreError
 from polm.models.forest_attention import FOREST, Attends, build_plan, round_rows
-from polm.models.kernels.install import install_kernels, kernels_while_sampling
+from polm.models.kernels.install import install_kernels, kernels_while_sampling, multiply_while_sampling
 from polm.models.quantize import build_quantization, keep_differentiable
 from polm.models.virtual import PrefixPlan, read_virtual
 from polm.tokens import TokenBatch, build_completions, build_document, collate
@@ -333,12 +333,16 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Parameter, float | None]:
 def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
     """Float32 logits [N, V] of a few positions (the generator's case; training uses the chunked head)."""
     weight, cap = output_head(model)
-    hidden_ND = hidden_ND.to(weight.dtype)
-    if hidden_ND.device.type == "cpu" and len(hidden_ND) <= FEW_ROWS and not torch.is_autocast_enabled("cpu"):
-        logits = torch.mm(weight, hidden_ND.t()).t().float()  # the large matrix first is the faster order
-    else:
-        logits = torch.nn.functional.linear(hidden_ND, weight).float()
+    logits = multiply_while_sampling(hidden_ND, weight, None, torch.float32)
+    if logits is None:
+        logits = _multiply_head(hidden_ND.to(weight.dtype), weight)
     return cap * torch.tanh(logits / cap) if cap is not None else logits
+
+
+def _multiply_head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    if hidden_ND.device.type == "cpu" and len(hidden_ND) <= FEW_ROWS and not torch.is_autocast_enabled("cpu"):
+        return torch.mm(weight_VD, hidden_ND.t()).t().float()  # the large matrix first is the faster order
+    return torch.nn.functional.linear(hidden_ND, weight_VD).float()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from polm.data.fingerprint import fingerprint_path
 from polm.engine.device import pick_device, sample_in_bf16
 from polm.errors import RecipeError
+from polm.models.halved import halve_matrices
 from polm.models.loading import count_parameters, load_model, load_tokenizer, model_folder
 from polm.recipe_judge import EndpointSettings
 from polm.rewards.backends import Backend, CachedBackend, LocalBackend
@@ -45,5 +46,7 @@ def open_backend(
         path = Path(name)
         key = f"local:{fingerprint_path(path)}" if path.exists() else f"hub:{name}"
         bf16 = sample_in_bf16(precision, model.device.type, count_parameters(model))
+        if bf16 and loaded is None:
+            halve_matrices(model)
         backend = LocalBackend(model, tokenizer, f"{key}:{'bf16' if bf16 else 'fp32'}", bf16)
     return backend if replies is None else CachedBackend(backend, replies, progress)

@@ -9,6 +9,10 @@ G query heads per key head, L positions, D head width, N tokens to copy.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +22,7 @@ from transformers import PreTrainedModel
 
 from polm.errors import ModelError
 from polm.models.forest_attention import Attends
+from polm.models.kernels.decode import attend_past, can_attend
 from polm.tokens import Array
 
 Captured = dict[int, tuple[Tensor, Tensor]]  # layer -> (key_JTD, value_JTD) of a whole stream
@@ -73,6 +78,7 @@ class DecodeCache:
         self.shape, self.num_slots, self.length, self.dtype, self.device = shape, num_slots, length, dtype, device
         heads, width = shape.num_key_heads, shape.head_width
         self.store = _allocate((shape.num_layers, 2, num_slots, heads, length, width), dtype, device)
+        self._by_kernel = dtype == torch.bfloat16 and device.type == "cpu" and can_attend(width)
         self._heads_J = torch.arange(heads, device=device)
         self._write_at = torch.empty(0, dtype=torch.int64, device=device)
         self._positions_R = torch.empty(0, dtype=torch.int64, device=device)
@@ -88,6 +94,8 @@ class DecodeCache:
     def begin(self, positions_R: Tensor, first: int, end: int) -> None:
         """`begin_step` for positions on the device, of which it is known that they lie in [first, end)."""
         self._positions_R = positions_R
+        if self._by_kernel:
+            return
         rows_R = torch.arange(len(positions_R), device=self.device)
         heads_RJ = rows_R[:, None] * self.shape.num_key_heads + self._heads_J
         self._write_at = (heads_RJ * self.length + positions_R[:, None]).reshape(-1)
@@ -98,9 +106,13 @@ class DecodeCache:
         self, layer: int, query_HTD: Tensor, key_JTD: Tensor, value_JTD: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """Write the rows' new keys and values, and attend over their pasts; T is R here. Returns [R, H, D]."""
+        keys, values = self.store[layer]
+        if self._by_kernel:
+            query, key, value = (x.transpose(0, 1).to(self.dtype).contiguous() for x in (query_HTD, key_JTD, value_JTD))
+            out = attend_past(query, key, value, keys, values, self._positions_R, scale=scale, window=window)
+            return out.to(value_JTD.dtype)
         num_heads, num_rows, width = query_HTD.shape
         num_batches = num_rows * self.shape.num_key_heads
-        keys, values = self.store[layer]
         for target, source in ((keys, key_JTD), (values, value_JTD)):
             rows = source.transpose(0, 1).reshape(num_batches, width).to(self.dtype)
             target.view(-1, width).index_copy_(0, self._write_at, rows)
@@ -155,11 +167,18 @@ class DecodeCache:
 
 
 def _allocate(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not empty memory: what lies behind a row's end gets weight 0, and 0 times NaN would be NaN."""
-    if device.type == "cpu" and dtype == torch.float32:
-        # Unlike torch.zeros, numpy touches no page before its first use: most rows end long before their limit.
-        return torch.from_numpy(np.zeros(size, dtype=np.float32))
-    return torch.zeros(size, dtype=dtype, device=device)
+    """Zeros, not empty memory: what lies behind a row's end gets weight 0, and 0 times NaN would be NaN.
+
+    Most rows end long before their limit. On Linux a CPU's store is therefore mapped apart, in small pages, which take
+    memory when they are first written and give it back with the store. From the heap (`keep_freed_memory`), or in the
+    huge pages that numpy asks for, all of it would be cleared and held.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, max(1, math.prod(size) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(size)).view(size)
 
 
 def compute_ranges(starts: Array, lengths: Array) -> tuple[Array, Array]:

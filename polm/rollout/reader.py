@@ -16,14 +16,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.models.forest_attention import Attends, build_plan
+from polm.models.kernels.build import has_pairs
+from polm.models.kernels.decode import FEW_ROWS, can_attend
 from polm.models.loading import output_head, output_logits
 from polm.models.virtual import PrefixPlan, VirtualTokens
-from polm.rollout.cache import Captured, DecodeCache, PrefillCapture, compute_ranges, read_cache_shape, round_width
+from polm.rollout.cache import (
+    CacheShape,
+    Captured,
+    DecodeCache,
+    PrefillCapture,
+    compute_ranges,
+    read_cache_shape,
+    round_width,
+)
 from polm.rollout.recorded import RecordedSteps, Recorder, choose_recorder
 from polm.tokens import Array, Segment, collate
 
 # Prompts are read in streams of about this many tokens, which bounds the memory of a prefill.
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 1024
+GPU_PREFILL_TOKENS = 4096  # fewer would not fill it
 
 
 def run_decoder(model: PreTrainedModel, tokens_T: Tensor, positions_T: Tensor, forest: Attends) -> Tensor:
@@ -148,11 +159,12 @@ class Reader:
         if self.held is not None:  # the queue keeps a prompt's requests together, so it is the first one's
             yield self.held
             first += 1
+        limit = PREFILL_TOKENS if self.model.device.type == "cpu" else GPU_PREFILL_TOKENS
         chunk: list[Array] = []
         for group in range(first, last + 1):
             chunk.append(self.prompts[group])
-            following = len(self.prompts[group + 1]) if group < last else PREFILL_TOKENS
-            if sum(map(len, chunk)) + following > PREFILL_TOKENS:
+            following = len(self.prompts[group + 1]) if group < last else limit
+            if sum(map(len, chunk)) + following > limit:
                 yield prefill(self.model, chunk, group + 1 - len(chunk), self.above)
                 chunk = []
 
@@ -161,10 +173,11 @@ class Reader:
         if self.recorded is not None and not self.recorded.given_up:
             return self.recorded.run(tokens_R, self.num_above + positions_R)
         rows = len(tokens_R)
-        if self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # CPU bf16 products are compiled, and the code kept, for each number of rows, and a batch that shrinks goes
-            # through all of them. So slots behind the live rows come along, at a place that is in use, and nobody reads
-            # what they give.
+        by_kernel = rows <= FEW_ROWS and has_pairs()
+        if self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not by_kernel:
+            # The library's bf16 products are compiled, and the code kept, for each number of rows, and a batch that
+            # shrinks goes through all of them. So slots behind the live rows come along, at a place that is in use, and
+            # nobody reads what they give.
             more = (0, min(round_width(rows), self.cache.num_slots) - rows)
             tokens_R, positions_R = np.pad(tokens_R, more), np.pad(positions_R, more, mode="edge")
         positions = self.cache.begin_step(self.num_above + positions_R)
@@ -174,6 +187,14 @@ class Reader:
     def move(self, sources: Array, targets: Array, length: int) -> None:
         """Copy the first `length` tokens of some slots to other slots (none is both)."""
         self.cache.move(sources, targets, self.num_above + length)
+
+
+def _choose_dtype(model: PreTrainedModel, shape: CacheShape, bf16: bool) -> torch.dtype:
+    """Of the keys and values: on a CPU float32, whose products of one query row are faster, unless the kernel takes
+    bf16."""
+    if model.device.type == "cpu":
+        return torch.bfloat16 if bf16 and can_attend(shape.head_width) else torch.float32
+    return torch.bfloat16 if bf16 else model.dtype
 
 
 def build_readers(
@@ -189,9 +210,7 @@ def build_readers(
     together, at least one. `limits` are the new tokens that may stand behind each of the distinct prompts."""
     shapes = [read_cache_shape(model) for model in models]
     above = [capture_virtual(m, own) if own is not None else None for m, own in zip(models, virtual, strict=True)]
-    # Float32 on CPU in any case: its bf16 products of one query row are slower than those of float32.
-    on_cpu = models[0].device.type == "cpu"
-    dtypes = [torch.float32 if on_cpu else torch.bfloat16 if bf16 else model.dtype for model in models]
+    dtypes = [_choose_dtype(model, shape, bf16) for model, shape in zip(models, shapes, strict=True)]
     # The last token of a row is never fed.
     longest = max(len(ids) + limit - 1 for ids, limit in zip(prompts, limits, strict=True))
     lengths = [longest + (own.num if own is not None else 0) for own in above]

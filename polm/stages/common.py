@@ -29,7 +29,7 @@ from polm.data.tree_store import AttachedTrees, measure_trees
 from polm.engine.adapted import fingerprint_base, load_adapted_model, load_own_tokenizer
 from polm.engine.annotate import Annotation, annotate_trees
 from polm.engine.checkpoint import remove_checkpoints
-from polm.engine.device import keep_freed_memory, pick_device, set_threads, use_bf16
+from polm.engine.device import keep_freed_memory, pick_device, sample_in_bf16, set_threads, use_bf16
 from polm.engine.fit import BatchSource, Part, fit
 from polm.errors import DataError, ModelError, RecipeError, StoreError, UserError
 from polm.models.actor_critic import ActorCritic
@@ -42,6 +42,7 @@ from polm.models.adapters import (
     merge_adapter,
     save_adapter,
 )
+from polm.models.halved import halve_matrices
 from polm.models.loading import count_parameters, load_model, load_tokenizer, save_model
 from polm.models.loading import model_folder as model_folder
 from polm.models.virtual import read_virtual
@@ -127,6 +128,15 @@ def load_base(source: str, *, quantize: str | None = None, must_merge: bool = Fa
             "they do not belong together"
         )
     return base
+
+
+def load_sampler(source: str, precision: str) -> tuple[Base, bool]:
+    """A model that is only read, and whether it reads in bf16; its matrices are then in bf16 alone."""
+    base = load_base(source)
+    bf16 = sample_in_bf16(precision, base.model.device.type, count_parameters(base.model))
+    if bf16:
+        halve_matrices(base.model)
+    return base, bf16
 
 
 def _load_adapted(folder: str, *, trained: bool) -> Base:

@@ -6,25 +6,23 @@ from pathlib import Path
 
 from polm.data.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark, read_benchmark_folder
 from polm.data.readers import write_json, write_jsonl
-from polm.engine.device import sample_in_bf16
 from polm.errors import DataError
 from polm.evals.run import evaluate, summarise
-from polm.models.loading import count_parameters
 from polm.recipe import EvalSettings
-from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
+from polm.stages.common import Context, Stage, StageResult, load_sampler, start_stage
 
 
 def run(settings: EvalSettings, context: Context) -> StageResult:
     """Evaluate `model` on the benchmarks of `data` into results.json and items.jsonl."""
     start_stage(settings, context)
-    base = load_base(context.inputs["model"])
+    base, bf16 = load_sampler(context.inputs["model"], settings.precision)
     benchmarks = choose_benchmarks(Path(context.inputs["data"]), settings)
     rows = evaluate(
         base.model,
         base.tokenizer,
         benchmarks,
         settings,
-        bf16=sample_in_bf16(settings.precision, base.model.device.type, count_parameters(base.model)),
+        bf16=bf16,
         report=lambda done, total: context.report({"update": done, "num_updates": total}),
     )
     write_jsonl(context.workdir / "items.jsonl", rows)

@@ -21,7 +21,7 @@ from polm.rewards.selection import (
     pair_by_rounds,
 )
 from polm.stages.answers import choose_prompts, draw_answers, finish_answers
-from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
+from polm.stages.common import Context, Stage, StageResult, load_sampler, start_stage
 from polm.stages.rollouts import REWARD_INPUTS
 
 PAIRS = 1  # which stage draws, where stages share a seed and a file of prompts
@@ -30,7 +30,7 @@ PAIRS = 1  # which stage draws, where stages share a seed and a file of prompts
 def run(settings: PairsSettings, context: Context) -> StageResult:
     """Sample answers from `base`, and write better-over-worse pairs to preferences.jsonl."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
+    base, _ = load_sampler(context.inputs["base"], settings.precision)
     # Seeds of its own: GRPO walks the same file, and should not begin with the prompts that DPO has just seen.
     seed = mix_seed(settings.seed, PAIRS)
     prompts = choose_prompts(settings, context, seed)

@@ -10,7 +10,7 @@ from polm.errors import DataError
 from polm.recipe_online import RejectionSettings
 from polm.rewards.selection import Answer, choose_best, choose_top_share, drop_unfit
 from polm.stages.answers import choose_prompts, draw_answers, finish_answers
-from polm.stages.common import Context, Stage, StageResult, load_base, start_stage
+from polm.stages.common import Context, Stage, StageResult, load_sampler, start_stage
 from polm.stages.rollouts import REWARD_INPUTS
 
 REJECTION = 3  # which stage draws, where stages share a seed and a file of prompts
@@ -19,7 +19,7 @@ REJECTION = 3  # which stage draws, where stages share a seed and a file of prom
 def run(settings: RejectionSettings, context: Context) -> StageResult:
     """Sample answers from `base`, and write those that are kept to sft.jsonl."""
     start_stage(settings, context)
-    base = load_base(context.inputs["base"])
+    base, _ = load_sampler(context.inputs["base"], settings.precision)
     seed = mix_seed(settings.seed, REJECTION)
     prompts = choose_prompts(settings, context, seed)
     answers, tally = draw_answers(settings, context, base, prompts, seed)

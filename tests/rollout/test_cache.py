@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +56,22 @@ def test_each_row_sees_its_own_past_within_the_window(window: int | None) -> Non
             first = 0 if window is None else max(0, past[row] + 1 - window)
             expected = attend_alone(query[:, row], key[:, first:], value[:, first:])
             assert torch.allclose(out_RHD[row], expected, atol=1e-6), (layer, row)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_room_that_no_row_uses_takes_no_memory() -> None:
+    def read_resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        before = read_resident()
+        cache = DecodeCache(CacheShape(2, 2, 64), num_slots=64, length=4096, dtype=dtype, device=CPU)
+        assert cache.store.nbytes >= 1 << 28
+        used = cache.store[:, :, :, :, :8]
+        assert not used.any()
+        used.fill_(1.0)
+        assert read_resident() - before < 1 << 26
 
 
 def test_what_an_earlier_row_left_behind_is_not_seen() -> None:

@@ -17,6 +17,7 @@ from polm.evals import run as evals
 from polm.models.loading import load_model, load_tokenizer
 from polm.recipe import EvalSettings
 from polm.rewards.verify import Verdict
+from polm.stages.common import load_sampler
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +133,15 @@ def test_answers_whose_form_is_fixed(artifact: Any, tmp_path: Path, read_rows: A
 def test_a_fixed_form_needs_samples() -> None:
     with pytest.raises(ValueError, match="not_first is for sampled answers"):
         EvalSettings(samples=0, pass_k=(), not_first=("####",))
+
+
+def test_in_bf16_the_model_is_read_in_bf16_alone(artifact: Any, tmp_path: Path, read_rows: Any) -> None:
+    """Its numbers are near those of float32, on the likelihoods too, whose head is the one of training."""
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        base, bf16 = load_sampler(artifact.inputs("eval")["model"], precision)
+        assert bf16 is (precision == "bf16")
+        assert base.model.get_input_embeddings().weight.dtype == dtype
+        settings = EvalSettings(samples=1, pass_k=(1,), max_new_tokens=4, num_items=2, precision=precision, seed=1)
+        artifact.run("eval", settings, artifact.inputs("eval"), tmp_path / precision)
+    exact, rounded = (read_rows(tmp_path / precision / "items.jsonl") for precision in ("fp32", "bf16"))
+    assert [row["nll"] for row in rounded] == pytest.approx([row["nll"] for row in exact], rel=0.02)

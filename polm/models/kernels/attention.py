@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polm.models.kernels.build import has_attention
+from polm.models.kernels.build import has_pairs
 from polm.models.kernels.rows import call_kernel
 from polm.tokens import Array
 
@@ -64,7 +64,7 @@ def can_attend(query: Tensor, key: Tensor) -> bool:
     """Whether the kernel takes these heads: bfloat16 on the CPU, widths of whole vectors."""
     width = query.shape[-1]
     fits = query.dtype == key.dtype == torch.bfloat16 and query.device.type == "cpu"
-    return fits and width % 16 == 0 and width <= 512 and has_attention()
+    return fits and width % 16 == 0 and width <= 512 and has_pairs()
 
 
 class _Attention(torch.autograd.Function):

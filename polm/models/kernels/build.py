@@ -1,4 +1,4 @@
-"""Build the kernels of `rows.cpp` and `attention.cpp` on first use and open them; without a compiler there are none.
+"""Build the kernels (the `.cpp` files here) on first use and open them; without a compiler there are none.
 
 The library is kept in the user's cache folder under the hash of its source, the compiler and the processor, and put
 there whole, so that several processes may build at once. POLM_KERNELS=off does without it.
@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 SWITCH = "POLM_KERNELS"
-SOURCES = ("rows.cpp", "attention.cpp")
+SOURCES = ("rows.cpp", "attention.cpp", "decode.cpp")
+HEADERS = ("pairs.h",)
 # No -ffast-math: numbers that are not finite must stay so, for the loop to see them.
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
@@ -37,10 +38,12 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "polm_head_forward": (P, P, F, P, P, P, N, N, N, I, I),
     "polm_head_backward": (P, P, F, P, P, P, P, N, N, N, I, I),
 }
-# Only where the processor has the instructions.
-ATTENTION_SIGNATURES: dict[str, tuple[type, ...]] = {
+# Only where the processor multiplies pairs of bfloat16.
+PAIR_SIGNATURES: dict[str, tuple[type, ...]] = {
     "polm_attention_forward": (*(P,) * 8, *(N,) * 5, F, I),
     "polm_attention_backward": (*(P,) * 13, *(N,) * 5, F, I),
+    "polm_few_rows": (*(P,) * 4, *(N,) * 3, I, I),
+    "polm_decode_attention": (*(P,) * 7, *(N,) * 6, F, I),
 }
 
 
@@ -56,7 +59,7 @@ def load_library() -> ctypes.CDLL | None:
     library = _find_library()
     if isinstance(library, str):
         return None
-    signatures = SIGNATURES | (ATTENTION_SIGNATURES if library.polm_has_attention() else {})
+    signatures = SIGNATURES | (PAIR_SIGNATURES if library.polm_has_pairs() else {})
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -64,10 +67,11 @@ def load_library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def has_attention() -> bool:
-    """Whether the library holds the attention of `attention.cpp`: on processors with AVX512-BF16 and without AMX."""
+def has_pairs() -> bool:
+    """Whether the library holds the kernels of `attention.cpp` and `decode.cpp`: on processors with AVX512-BF16 and
+    without AMX."""
     library = load_library()
-    return library is not None and bool(library.polm_has_attention())
+    return library is not None and bool(library.polm_has_pairs())
 
 
 def explain_absence() -> str | None:
@@ -78,7 +82,7 @@ def explain_absence() -> str | None:
 
 def describe_kernels() -> str:
     """For a run's record: what the row kernels were, since bits in bf16 depend on them."""
-    return "off" if load_library() is None else _hash_of(SOURCES)[:12]
+    return "off" if load_library() is None else _hash_of((*SOURCES, *HEADERS))[:12]
 
 
 @functools.cache
@@ -101,7 +105,7 @@ def _build(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIME_LIMIT)
     flags = (*FLAGS, WIDE_FLAG) if platform.machine() in ("x86_64", "AMD64") else FLAGS
     about = "\n".join((version.stdout, " ".join(flags), _describe_processor()))
-    name = hashlib.sha256((_hash_of(SOURCES) + about).encode()).hexdigest()[:16]
+    name = hashlib.sha256((_hash_of((*SOURCES, *HEADERS)) + about).encode()).hexdigest()[:16]
     library = _cache_folder() / f"rows-{name}.so"
     if library.is_file():
         return library

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from polm.models.forest_attention import forest_attention
 from polm.models.kernels import liger, rows
-from polm.models.kernels.build import load_library
+from polm.models.kernels.build import has_pairs, load_library
+from polm.models.kernels.decode import FEW_ROWS, multiply_few_rows
 
 # Attention classes whose code is q, k and v projections, norms of single heads where there are any, and the rotary
 # embedding of whole heads; and where each has the width of its window. (OLMo-2 has norms over all heads at once, Gemma
@@ -32,13 +33,15 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "Qwen2Attention": lambda module: module.sliding_window,
     "Qwen3Attention": lambda module: module.sliding_window,
 }
-_sampling: ContextVar[bool] = ContextVar("kernels_while_sampling", default=False)
+# Within `kernels_while_sampling`: weights and their bf16 copies, by the id of the weight. None outside.
+_sampling: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("kernels_while_sampling", default=None)
 
 
 @contextlib.contextmanager
 def kernels_while_sampling() -> Iterator[None]:
-    """Let float32 take the kernels too: the generator's bits are nobody's yardstick, unlike those of training."""
-    token = _sampling.set(True)
+    """Let float32 take the kernels too, and bf16 those of decoding: the generator's bits are nobody's yardstick, unlike
+    those of training. The weights stay as they are meanwhile."""
+    token = _sampling.set({})
     try:
         yield
     finally:
@@ -63,7 +66,7 @@ def choose_kernels(tensor: Tensor) -> RowKernels | None:
 
     It asks autocast, whose state activation checkpointing restores when it computes a layer again.
     """
-    if not (_is_bf16(tensor) or (_sampling.get() and not torch.is_grad_enabled())):
+    if not (_is_bf16(tensor) or _is_sampling()):
         return None
     if tensor.device.type == "cpu":
         return CPU if load_library() is not None else None
@@ -71,6 +74,29 @@ def choose_kernels(tensor: Tensor) -> RowKernels | None:
         return None
     dtype = torch.bfloat16 if _is_bf16(tensor) else torch.float32
     return GPU if liger.explain_liger_absence(tensor.device, dtype) is None else None
+
+
+def multiply_while_sampling(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x weight^T + bias in `dtype`, rounded to bf16 before it, where the generator runs in bf16 on a CPU that has the
+    kernel for few rows; None elsewhere.
+
+    The bf16 copy of a weight is made once for all of the sampling, and read by prompts (many rows) as well.
+    """
+    held = _sampling.get()
+    if held is None or not _is_sampling() or x.device.type != "cpu" or not _is_bf16(x) or not has_pairs():
+        return None
+    if weight.dtype != torch.bfloat16:
+        if id(weight) not in held:
+            held[id(weight)] = weight, weight.to(torch.bfloat16)
+        weight = held[id(weight)][1]
+    x = x.to(torch.bfloat16)
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        return multiply_few_rows(x, weight, bias, dtype)
+    return nn.functional.linear(x, weight, bias).to(dtype)
+
+
+def _is_sampling() -> bool:
+    return _sampling.get() is not None and not torch.is_grad_enabled()
 
 
 def _is_bf16(tensor: Tensor) -> bool:
@@ -95,6 +121,8 @@ def _choose(module: nn.Module) -> Callable[..., Any] | None:
         return _attention_forward
     if type(module).__name__.endswith("RMSNorm") and _is_plain_norm(module):
         return _norm_forward
+    if type(module) is nn.Linear:  # a layer of an adapter or in 4 bits is another class
+        return _linear_forward if has_pairs() else None
     children = dict(module.named_children())
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= children.keys() and _is_silu(children["act_fn"]):
         return _mlp_forward
@@ -134,6 +162,11 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Any:
     # What follows a norm is a product, for which autocast would cast this to bf16 each time it is read.
     dtype = torch.bfloat16 if _is_bf16(hidden_states) else torch.float32
     return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+
+
+def _linear_forward(self: Any, x: Tensor) -> Tensor:
+    out = multiply_while_sampling(x, self.weight, self.bias, torch.bfloat16)
+    return type(self).forward(self, x) if out is None else out
 
 
 def _mlp_forward(self: Any, hidden_states: Tensor) -> Any:

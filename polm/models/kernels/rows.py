@@ -30,14 +30,18 @@ def _is_half(tensor: Tensor) -> int:
     return int(tensor.dtype == torch.bfloat16)
 
 
+def _norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, width = x_TD.numel() // x_TD.shape[-1], x_TD.shape[-1]
+    out_TD, rstd_T = torch.empty(x_TD.shape, dtype=dtype), torch.empty(rows)
+    call_kernel("polm_norm_forward", x_TD, weight_D, eps, out_TD, rstd_T, rows, width, _is_half(out_TD))
+    return out_TD, rstd_T
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         x_TD = x_TD.contiguous()
-        rows, width = x_TD.numel() // x_TD.shape[-1], x_TD.shape[-1]
-        out_TD = torch.empty(x_TD.shape, dtype=dtype)
-        rstd_T = torch.empty(rows)
-        call_kernel("polm_norm_forward", x_TD, weight_D, eps, out_TD, rstd_T, rows, width, _is_half(out_TD))
+        out_TD, rstd_T = _norm_forward(x_TD, weight_D, eps, dtype)
         ctx.save_for_backward(x_TD, weight_D, rstd_T)
         return out_TD
 
@@ -53,8 +57,19 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """weight x / sqrt(mean(x^2) + eps) over the last axis of x (float32), written in `dtype` (arXiv 1910.07467)."""
+    if not torch.is_grad_enabled():  # a step of decoding notices what autograd costs, here and below
+        return _norm_forward(x_TD.contiguous(), weight_D, eps, dtype)[0]
     out: Tensor = _Norm.apply(x_TD, weight_D, eps, dtype)  # type: ignore[no-untyped-call]
     return out
+
+
+def _rotate_forward(
+    x_THD: Tensor, weight_D: Tensor | None, eps: float, cosine_TD: Tensor, sine_TD: Tensor
+) -> tuple[Tensor, Tensor]:
+    out_THD, rstd_TH = torch.empty_like(x_THD), torch.empty(x_THD.shape[:2])
+    sizes = *x_THD.shape, _is_half(x_THD)
+    call_kernel("polm_rotate_forward", x_THD, weight_D, eps, cosine_TD, sine_TD, out_THD, rstd_TH, *sizes)
+    return out_THD, rstd_TH
 
 
 class _Rotate(torch.autograd.Function):
@@ -63,9 +78,7 @@ class _Rotate(torch.autograd.Function):
         ctx: Any, x_THD: Tensor, weight_D: Tensor | None, eps: float, cosine_TD: Tensor, sine_TD: Tensor
     ) -> Tensor:
         x_THD = x_THD.contiguous()
-        out_THD, rstd_TH = torch.empty_like(x_THD), torch.empty(x_THD.shape[:2])
-        sizes = *x_THD.shape, _is_half(x_THD)
-        call_kernel("polm_rotate_forward", x_THD, weight_D, eps, cosine_TD, sine_TD, out_THD, rstd_TH, *sizes)
+        out_THD, rstd_TH = _rotate_forward(x_THD, weight_D, eps, cosine_TD, sine_TD)
         ctx.save_for_backward(x_THD, weight_D, cosine_TD, sine_TD, rstd_TH)
         return out_THD
 
@@ -85,6 +98,8 @@ def norm_and_rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, cosine_T
 
     cosine, sine [T, D] float32, as `transformers` makes them (arXiv 2104.09864).
     """
+    if not torch.is_grad_enabled():
+        return _rotate_forward(x_THD.contiguous(), weight_D, eps, cosine_TD, sine_TD)[0]
     out: Tensor = _Rotate.apply(x_THD, weight_D, eps, cosine_TD, sine_TD)  # type: ignore[no-untyped-call]
     return out
 
@@ -106,12 +121,17 @@ def rotate_heads(
     return query, key
 
 
+def _swiglu_forward(gate_TF: Tensor, upper_TF: Tensor) -> Tensor:
+    out_TF = torch.empty_like(gate_TF)
+    call_kernel("polm_swiglu_forward", gate_TF, upper_TF, out_TF, gate_TF.numel(), _is_half(gate_TF))
+    return out_TF
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TF: Tensor, upper_TF: Tensor) -> Tensor:
         gate_TF, upper_TF = gate_TF.contiguous(), upper_TF.contiguous()
-        out_TF = torch.empty_like(gate_TF)
-        call_kernel("polm_swiglu_forward", gate_TF, upper_TF, out_TF, gate_TF.numel(), _is_half(gate_TF))
+        out_TF = _swiglu_forward(gate_TF, upper_TF)
         ctx.save_for_backward(gate_TF, upper_TF)
         return out_TF
 
@@ -127,6 +147,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_TF: Tensor, upper_TF: Tensor) -> Tensor:
     """silu(gate) * upper (arXiv 2002.05202)."""
+    if not torch.is_grad_enabled():
+        return _swiglu_forward(gate_TF.contiguous(), upper_TF.contiguous())
     out: Tensor = _SwiGLU.apply(gate_TF, upper_TF)  # type: ignore[no-untyped-call]
     return out
 

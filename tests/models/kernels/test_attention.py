@@ -8,11 +8,11 @@ import torch
 
 from polm.models.forest_attention import _ForestAttention, build_plan
 from polm.models.kernels.attention import attend_blocks, can_attend
-from polm.models.kernels.build import explain_absence, has_attention
+from polm.models.kernels.build import explain_absence, has_pairs
 from polm.tokens import Tree, build_completions, build_document, collate
 
 pytestmark = pytest.mark.skipif(
-    not has_attention(), reason=explain_absence() or "this processor has no AVX512-BF16, or has AMX besides"
+    not has_pairs(), reason=explain_absence() or "this processor has no AVX512-BF16, or has AMX besides"
 )
 
 

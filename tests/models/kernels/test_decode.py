@@ -1,0 +1,200 @@
+"""The kernels of a decoding step against the formula, and the generator's layers that take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from polm.engine.score import autocast
+from polm.errors import ModelError
+from polm.models.halved import halve_matrices
+from polm.models.kernels import install
+from polm.models.kernels.build import explain_absence, has_pairs
+from polm.models.kernels.decode import FEW_ROWS, attend_past, can_attend, multiply_few_rows
+from polm.models.kernels.install import kernels_while_sampling, multiply_while_sampling
+from polm.models.loading import prepare_model
+from polm.rollout.cache import CacheShape, DecodeCache
+from polm.rollout.reader import build_readers
+
+pytestmark = pytest.mark.skipif(
+    not has_pairs(), reason=explain_absence() or "this processor has no AVX512-BF16, or has AMX besides"
+)
+ROUNDING = 2.0**-8  # of bfloat16, relative
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+# Whole loads of 32 numbers and rests; fewer columns than a tile has, and more than a block; enough for two threads.
+@pytest.mark.parametrize(("columns", "depth"), [(1, 8), (16, 32), (37, 52), (100, 384), (301, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_every_number_of_rows(columns: int, depth: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
+    weight, bias = draw(columns, depth, seed=1), torch.randn(columns, generator=torch.Generator().manual_seed(2))
+    for rows in (*range(1, 22), FEW_ROWS):
+        x = draw(rows, depth, seed=rows)
+        for more in (None, bias):
+            exact = x.double() @ weight.double().t() + (0.0 if more is None else more.double())
+            found = multiply_few_rows(x, weight, more, dtype)
+            assert found.dtype == dtype
+            tolerance = 2e-6 if dtype == torch.float32 else ROUNDING
+            assert float((found.double() - exact).abs().max()) <= tolerance * float(exact.abs().max()) + 1e-5
+
+
+def test_products_do_not_depend_on_threads_or_on_the_other_rows() -> None:
+    weight, x = draw(301, 1000, seed=1), draw(13, 1000, seed=2)
+    torch.set_num_threads(2)
+    whole = multiply_few_rows(x, weight, None, torch.float32)
+    assert torch.equal(whole[:4], multiply_few_rows(x[:4], weight, None, torch.float32))
+    torch.set_num_threads(1)
+    assert torch.equal(whole, multiply_few_rows(x, weight, None, torch.float32))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(6, 2, 64), (4, 4, 32), (8, 1, 96)])
+def test_each_row_attends_to_its_own_past(window: int | None, heads: int, key_heads: int, width: int) -> None:
+    assert can_attend(width)
+    rows = (0, 1, 15, 16, 17, 33, 69)  # positions: pasts of fewer keys than a vector has, of just as many, and more
+    keys, values = draw(9, key_heads, 70, width, seed=1), draw(9, key_heads, 70, width, seed=2)
+    before = keys.clone()
+    query, key, value = (draw(7, n, width, seed=3 + n) for n in (heads, key_heads, key_heads))
+    out = attend_past(query, key, value, keys, values, torch.tensor(rows), scale=0.2, window=window)
+    for row, place in enumerate(rows):
+        assert torch.equal(keys[row, :, place], key[row])
+        assert torch.equal(values[row, :, place], value[row])
+        keys[row, :, place] = before[row, :, place]  # to see below that nothing else was written
+        first = 0 if window is None else max(0, place + 1 - window)
+        for head in range(heads):
+            own = head // (heads // key_heads)
+            past = torch.cat([before[row, own, first:place], key[row, own : own + 1]]).double()
+            seen = torch.cat([values[row, own, first:place], value[row, own : own + 1]]).double()
+            exact = torch.softmax(past @ query[row, head].double() * 0.2, 0) @ seen
+            assert float((out[row, head].double() - exact).abs().max()) <= ROUNDING * float(exact.abs().max())
+    assert torch.equal(keys, before)
+
+
+def test_a_number_that_is_not_finite_stays_so() -> None:
+    keys, values = draw(1, 1, 20, 32, seed=1), draw(1, 1, 20, 32, seed=2)
+    keys[0, 0, 3, 0] = float("nan")
+    out = attend_past(
+        *(draw(1, 1, 32, seed=s) for s in (3, 4, 5)), keys, values, torch.tensor([19]), scale=1.0, window=None
+    )
+    assert not torch.isfinite(out).any()
+    x = draw(2, 40)
+    x[1, 7] = float("inf")
+    found = multiply_few_rows(x, draw(5, 40, seed=1).abs() + 1, None, torch.float32)
+    assert torch.isfinite(found[0]).all()
+    assert torch.isinf(found[1]).all()
+
+
+def build_model(family: str = "qwen3", **more: Any) -> PreTrainedModel:
+    shape = {
+        **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0},
+    }
+    torch.manual_seed(0)
+    return prepare_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **more)), family)
+
+
+def decode(model: PreTrainedModel, *, steps: int = 5) -> Tensor:
+    """Logits of three rows that begin with different prompts and are fed the same tokens then."""
+    prompts = [np.arange(1, 1 + n) for n in (3, 9, 20)]
+    with torch.no_grad(), autocast("cpu", True), kernels_while_sampling():
+        (reader,) = build_readers([model], [None], prompts, [steps] * 3, True, 3, 1 << 20)
+        found = [reader.read_prompts(np.arange(3), np.arange(3), waiting=False)]
+        for step in range(steps - 1):
+            positions = np.array([len(ids) + step for ids in prompts])
+            found.append(reader.read_tokens(np.full(3, 30 + step), positions))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("qwen3", {}), ("qwen2", {}), ("mistral", {"sliding_window": 7}), ("olmo2", {}), ("gemma3_text", {})],
+)
+def test_a_model_decodes_as_without(family: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """qwen2's projections have biases; olmo2's and gemma3's attention is their own code, with float32 in it."""
+    model = build_model(family, **more)
+    with_kernels = decode(model)
+    monkeypatch.setattr(install, "has_pairs", lambda: False)
+    monkeypatch.setattr("polm.rollout.reader.has_pairs", lambda: False)
+    monkeypatch.setattr("polm.rollout.reader.can_attend", lambda _: False)
+    without = decode(model)
+    assert with_kernels.dtype == without.dtype == torch.float32
+    assert 0 < float((with_kernels - without).abs().max()) <= 4 * ROUNDING * float(without.abs().max())
+
+
+def test_products_are_taken_while_sampling_in_bf16_only() -> None:
+    x, weight = torch.randn(3, 64), torch.nn.Parameter(torch.randn(8, 64))
+    with torch.no_grad(), autocast("cpu", True):
+        assert multiply_while_sampling(x, weight, None, torch.float32) is None
+    with torch.no_grad(), kernels_while_sampling():
+        assert multiply_while_sampling(x, weight, None, torch.float32) is None
+    with kernels_while_sampling(), autocast("cpu", True):
+        assert multiply_while_sampling(x, weight, None, torch.float32) is None  # a gradient is asked for
+        with torch.no_grad():
+            few, many = (multiply_while_sampling(x.repeat(n, 1), weight, None, torch.float32) for n in (1, 30))
+    assert few is not None
+    assert many is not None
+    torch.testing.assert_close(many, few.repeat(30, 1), rtol=1e-2, atol=1e-2)  # the library's is rounded to bf16
+
+
+def test_weights_are_rounded_once_in_all_of_the_sampling() -> None:
+    model, copies = build_model(), []
+    to = Tensor.to
+
+    def watch(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(self, torch.nn.Parameter) and args == (torch.bfloat16,):
+            copies.append(id(self))
+        return to(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", watch)
+        decode(model)
+    assert len(copies) == len(set(copies)) == 2 * 7 + 1
+
+
+def test_the_cache_is_in_bf16_for_heads_that_the_kernel_takes() -> None:
+    model = build_model()
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        (reader,) = build_readers([model], [None], [np.arange(1, 5)], [3], bf16, 3, 1 << 20)
+        assert reader.cache.dtype == dtype
+    narrow = DecodeCache(CacheShape(1, 2, 24), 2, 5, torch.bfloat16, torch.device("cpu"))
+    narrow.begin_step(np.array([0, 0]))  # a width that the kernel does not take: the plain products do
+    value = draw(2, 2, 24)
+    out = narrow.attend(0, draw(4, 2, 24), draw(2, 2, 24), value, 1.0, None)
+    assert torch.equal(out, value.transpose(0, 1).repeat_interleave(2, dim=1))
+
+
+class TestHalved:
+    """bf16 alone for a model that is only read (`models/halved.py`)."""
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_the_numbers_are_those_of_autocast_on_rounded_embeddings(self, tied: bool) -> None:
+        model = build_model(tie_word_embeddings=tied)
+        with torch.no_grad():
+            embedding = model.get_input_embeddings().weight
+            embedding.copy_(embedding.bfloat16())
+        wanted = decode(model)
+        assert halve_matrices(model) == 2 * 7 + 1 + (not tied)
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
+        assert torch.equal(decode(model), wanted)
+        kinds = {p.dtype for name, p in model.named_parameters() if "norm" in name}
+        assert kinds == {torch.float32}
+
+    def test_it_is_not_asked_in_float32(self) -> None:
+        model = build_model()
+        halve_matrices(model)
+        with pytest.raises(ModelError, match="kept in bf16"):
+            model.get_decoder()(input_ids=torch.tensor([[1, 2]]))
+
+    def test_it_is_not_trained(self) -> None:
+        model = build_model()
+        halve_matrices(model)
+        assert not any(p.requires_grad for p in model.parameters())
