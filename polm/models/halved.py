@@ -34,11 +34,12 @@ def halve_matrices(model: PreTrainedModel) -> int:
         weight.data = weight.data.to(torch.bfloat16) if id(weight) in matrices else weight.data.clone()
     embedding = model.get_input_embeddings()
     if id(embedding.weight) in matrices:
-        embedding.register_forward_hook(_widen)
+        embedding.register_forward_hook(widen)
     return len(matrices)
 
 
-def _widen(module: nn.Module, arguments: Any, rounded: Tensor) -> Tensor:
+def widen(module: nn.Module, arguments: Any, rounded: Tensor) -> Tensor:
+    """A forward hook of halved embeddings: the residual stream that they begin is float32."""
     del module, arguments
     kind = rounded.device.type
     if not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16):

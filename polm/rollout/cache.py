@@ -78,7 +78,7 @@ class DecodeCache:
         self.shape, self.num_slots, self.length, self.dtype, self.device = shape, num_slots, length, dtype, device
         heads, width = shape.num_key_heads, shape.head_width
         self.store = _allocate((shape.num_layers, 2, num_slots, heads, length, width), dtype, device)
-        self._by_kernel = dtype == torch.bfloat16 and device.type == "cpu" and can_attend(width)
+        self.by_kernel = dtype == torch.bfloat16 and device.type == "cpu" and can_attend(width)
         self._heads_J = torch.arange(heads, device=device)
         self._write_at = torch.empty(0, dtype=torch.int64, device=device)
         self._positions_R = torch.empty(0, dtype=torch.int64, device=device)
@@ -94,7 +94,7 @@ class DecodeCache:
     def begin(self, positions_R: Tensor, first: int, end: int) -> None:
         """`begin_step` for positions on the device, of which it is known that they lie in [first, end)."""
         self._positions_R = positions_R
-        if self._by_kernel:
+        if self.by_kernel:
             return
         rows_R = torch.arange(len(positions_R), device=self.device)
         heads_RJ = rows_R[:, None] * self.shape.num_key_heads + self._heads_J
@@ -107,7 +107,7 @@ class DecodeCache:
     ) -> Tensor:
         """Write the rows' new keys and values, and attend over their pasts; T is R here. Returns [R, H, D]."""
         keys, values = self.store[layer]
-        if self._by_kernel:
+        if self.by_kernel:
             query, key, value = (x.transpose(0, 1).to(self.dtype).contiguous() for x in (query_HTD, key_JTD, value_JTD))
             out = attend_past(query, key, value, keys, values, self._positions_R, scale=scale, window=window)
             return out.to(value_JTD.dtype)

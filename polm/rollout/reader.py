@@ -30,6 +30,7 @@ from polm.rollout.cache import (
     round_width,
 )
 from polm.rollout.recorded import RecordedSteps, Recorder, choose_recorder
+from polm.rollout.stack import build_stack
 from polm.tokens import Array, Segment, collate
 
 # Prompts are read in streams of about this many tokens, which bounds the memory of a prefill.
@@ -129,6 +130,7 @@ class Reader:
             repeated = np.tile(places, cache.num_slots)
             self.cache.fill(dict(above.layers), repeated, np.repeat(slots, above.num), repeated)
         self.held: Prefilled | None = None
+        self.stack = build_stack(model, cache)
         self.recorded: RecordedSteps | None = None
         if recorder is not None:
             vocab = int(output_head(model)[0].shape[0])
@@ -182,6 +184,8 @@ class Reader:
             tokens_R, positions_R = np.pad(tokens_R, more), np.pad(positions_R, more, mode="edge")
         positions = self.cache.begin_step(self.num_above + positions_R)
         tokens = torch.from_numpy(tokens_R).to(self.model.device)
+        if self.stack is not None and by_kernel:
+            return output_logits(self.model, self.stack.run(tokens, positions))
         return output_logits(self.model, run_decoder(self.model, tokens, positions, self.cache))[:rows]
 
     def move(self, sources: Array, targets: Array, length: int) -> None:

@@ -44,6 +44,7 @@ PAIR_SIGNATURES: dict[str, tuple[type, ...]] = {
     "polm_attention_backward": (*(P,) * 13, *(N,) * 5, F, I),
     "polm_few_rows": (*(P,) * 4, *(N,) * 3, I, I),
     "polm_decode_attention": (*(P,) * 7, *(N,) * 6, F, I),
+    "polm_decode_layers": (*(P,) * 6, *(N,) * 8, F, F, I),
 }
 
 

@@ -1,7 +1,10 @@
 // A step of decoding in bfloat16, for CPUs that multiply pairs of bfloat16 (AVX512-BF16): a token of each of a few rows.
 //
 // Such a step reads every weight and every key and value once, and does little with them: it is as fast as memory. So
-// weights are taken as they lie, and what comes next is fetched ahead while what is there is multiplied.
+// weights are taken as they lie, and what comes next is fetched ahead while what is there is multiplied. All layers are
+// one call: for a small model, what is around the kernels takes longer than they do.
+
+#include <type_traits>
 
 #include "pairs.h"
 
@@ -62,10 +65,11 @@ template <class Y> struct Part {
     const float *bias;
     Y *y;
     int64_t depth, stride, rows, columns;
+    bool add;  // to what y holds (float only)
 
     Part at(int64_t r, int64_t c) const {
         return {x + r * depth, w + c * depth, bias ? bias + c : nullptr, y + r * stride + c, depth, stride, rows - r,
-                columns - c};
+                columns - c, add};
     }
 };
 
@@ -108,8 +112,12 @@ template <int ROWS, int COLUMNS, bool FETCH, class Y> inline void multiply_tile(
     float out[LANES];
     _mm512_storeu_ps(out, add_lanes(sums));
     for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c)
-            put(part.y + r * part.stride + c, out[r * COLUMNS + c] + (part.bias ? part.bias[c] : 0.0f));
+        for (int64_t c = 0; c < columns; ++c) {
+            Y *target = part.y + r * part.stride + c;
+            float sum = out[r * COLUMNS + c] + (part.bias ? part.bias[c] : 0.0f);
+            if constexpr (std::is_same_v<Y, float>) sum += part.add ? *target : 0.0f;
+            put(target, sum);
+        }
 }
 
 template <int ROWS, bool FETCH, class Y> void multiply_block(const Part<Y> &part, int64_t columns) {
@@ -214,8 +222,8 @@ EXPORT void polm_few_rows(
     int threads
 ) {
     const bf16 *left = (const bf16 *)x, *right = (const bf16 *)w;
-    if (half) multiply(Part<bf16>{left, right, bias, (bf16 *)y, depth, columns, rows, columns}, threads);
-    else multiply(Part<float>{left, right, bias, (float *)y, depth, columns, rows, columns}, threads);
+    if (half) multiply(Part<bf16>{left, right, bias, (bf16 *)y, depth, columns, rows, columns, false}, threads);
+    else multiply(Part<float>{left, right, bias, (float *)y, depth, columns, rows, columns, false}, threads);
 }
 
 // q, out [rows, heads, width]; k, v [rows, key heads, width], which are put at `positions` [rows] of the row's keys and
@@ -243,6 +251,68 @@ EXPORT void polm_decode_attention(
                 sum_values(scores.data(), own_values + first * width, count, width, 1.0f / total, (bf16 *)out + head * width);
             }
         }
+    }
+}
+
+// ---- All layers ------------------------------------------------------------------------------------------------------
+
+// Of rows.cpp.
+extern "C" void polm_norm_forward(
+    const float *x, const float *w, float eps, void *y, float *rstd, int64_t rows, int64_t width, int half, int threads
+);
+extern "C" void polm_rotate_forward(
+    const void *x, const float *w, float eps, const float *cosine, const float *sine, void *y, float *rstd, int64_t rows,
+    int64_t heads, int64_t width, int half, int threads
+);
+extern "C" void polm_swiglu_forward(const void *gate, const void *upper, void *y, int64_t count, int half, int threads);
+
+// What Python hands over as a row of addresses (`decode.LAYER`); biases and norms of heads may be null.
+struct Layer {
+    const float *norm, *query_norm, *key_norm, *later_norm;
+    const bf16 *query, *key, *value, *out, *gate, *upper, *down;
+    const float *query_bias, *key_bias, *value_bias, *out_bias, *gate_bias, *upper_bias, *down_bias;
+    bf16 *keys, *values;
+};
+
+// x [rows, hidden] float goes through all layers, in place: the residual stream. cosine, sine [rows, width].
+EXPORT void polm_decode_layers(
+    float *x, const int64_t *addresses, const int64_t *windows, const int64_t *positions, const float *cosine,
+    const float *sine, int64_t layers, int64_t rows, int64_t hidden, int64_t heads, int64_t key_heads, int64_t width,
+    int64_t inner, int64_t length, float eps, float scale, int threads
+) {
+    int64_t all = heads * width, own = key_heads * width;
+    std::vector<bf16> normed((size_t)(rows * hidden)), q((size_t)(rows * all)), k((size_t)(rows * own)), v(k.size());
+    std::vector<bf16> attended(q.size()), gate((size_t)(rows * inner)), upper(gate.size());
+    std::vector<float> rstd((size_t)(rows * heads));
+    auto product = [&](const bf16 *from, const bf16 *w, const float *bias, bf16 *y, int64_t depth, int64_t columns) {
+        multiply(Part<bf16>{from, w, bias, y, depth, columns, rows, columns, false}, threads);
+    };
+    auto add_product = [&](const bf16 *from, const bf16 *w, const float *bias, int64_t depth) {
+        multiply(Part<float>{from, w, bias, x, depth, hidden, rows, hidden, true}, threads);
+    };
+    for (int64_t i = 0; i < layers; ++i) {
+        Layer layer;
+        std::memcpy(&layer, addresses + i * (int64_t)(sizeof(Layer) / sizeof(int64_t)), sizeof(Layer));
+        polm_norm_forward(x, layer.norm, eps, normed.data(), rstd.data(), rows, hidden, 1, threads);
+        product(normed.data(), layer.query, layer.query_bias, q.data(), hidden, all);
+        product(normed.data(), layer.key, layer.key_bias, k.data(), hidden, own);
+        product(normed.data(), layer.value, layer.value_bias, v.data(), hidden, own);
+        polm_rotate_forward(
+            q.data(), layer.query_norm, eps, cosine, sine, q.data(), rstd.data(), rows, heads, width, 1, threads
+        );
+        polm_rotate_forward(
+            k.data(), layer.key_norm, eps, cosine, sine, k.data(), rstd.data(), rows, key_heads, width, 1, threads
+        );
+        polm_decode_attention(
+            q.data(), k.data(), v.data(), layer.keys, layer.values, positions, attended.data(), rows, heads, key_heads,
+            width, length, windows[i], scale, threads
+        );
+        add_product(attended.data(), layer.out, layer.out_bias, all);
+        polm_norm_forward(x, layer.later_norm, eps, normed.data(), rstd.data(), rows, hidden, 1, threads);
+        product(normed.data(), layer.gate, layer.gate_bias, gate.data(), hidden, inner);
+        product(normed.data(), layer.upper, layer.upper_bias, upper.data(), hidden, inner);
+        polm_swiglu_forward(gate.data(), upper.data(), gate.data(), rows * inner, 1, threads);
+        add_product(gate.data(), layer.down, layer.down_bias, inner);
     }
 }
 

@@ -82,17 +82,34 @@ def multiply_while_sampling(x: Tensor, weight: Tensor, bias: Tensor | None, dtyp
 
     The bf16 copy of a weight is made once for all of the sampling, and read by prompts (many rows) as well.
     """
-    held = _sampling.get()
-    if held is None or not _is_sampling() or x.device.type != "cpu" or not _is_bf16(x) or not has_pairs():
+    if not takes_few_rows(x):
         return None
-    if weight.dtype != torch.bfloat16:
-        if id(weight) not in held:
-            held[id(weight)] = weight, weight.to(torch.bfloat16)
-        weight = held[id(weight)][1]
-    x = x.to(torch.bfloat16)
+    x, weight = x.to(torch.bfloat16), read_rounded(weight)
     if x.numel() <= FEW_ROWS * x.shape[-1]:
         return multiply_few_rows(x, weight, bias, dtype)
     return nn.functional.linear(x, weight, bias).to(dtype)
+
+
+def takes_few_rows(x: Tensor) -> bool:
+    """Whether the generator is at work in bf16 on a CPU that has the kernels for it."""
+    return _is_sampling() and x.device.type == "cpu" and _is_bf16(x) and has_pairs()
+
+
+def read_rounded(weight: Tensor) -> Tensor:
+    """A weight's bf16 copy, the same in all of the sampling; the weight itself where it is in bf16."""
+    held = _sampling.get()
+    assert held is not None, "weights are rounded while sampling only"
+    if weight.dtype == torch.bfloat16:
+        return weight
+    if id(weight) not in held:
+        held[id(weight)] = weight, weight.to(torch.bfloat16)
+    return held[id(weight)][1]
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether a layer's forward is one of those below."""
+    forward = getattr(vars(module).get("forward"), "__func__", None)
+    return forward in (_attention_forward, _norm_forward, _linear_forward, _mlp_forward)
 
 
 def _is_sampling() -> bool:

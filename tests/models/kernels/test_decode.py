@@ -97,16 +97,24 @@ def build_model(family: str = "qwen3", **more: Any) -> PreTrainedModel:
     shape = {
         **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0},
+        **more,
     }
     torch.manual_seed(0)
-    return prepare_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **more)), family)
+    return prepare_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)), family)
 
 
-def decode(model: PreTrainedModel, *, steps: int = 5) -> Tensor:
-    """Logits of three rows that begin with different prompts and are fed the same tokens then."""
+def decode(model: PreTrainedModel, *, steps: int = 5, whole: bool | None = None) -> Tensor:
+    """Logits of three rows that begin with different prompts and are fed the same tokens then.
+
+    whole   whether all layers are one call; False: layer by layer; None: not looked at
+    """
     prompts = [np.arange(1, 1 + n) for n in (3, 9, 20)]
     with torch.no_grad(), autocast("cpu", True), kernels_while_sampling():
         (reader,) = build_readers([model], [None], prompts, [steps] * 3, True, 3, 1 << 20)
+        if whole is False:
+            reader.stack = None
+        elif whole:
+            assert reader.stack is not None
         found = [reader.read_prompts(np.arange(3), np.arange(3), waiting=False)]
         for step in range(steps - 1):
             positions = np.array([len(ids) + step for ids in prompts])
@@ -114,20 +122,65 @@ def decode(model: PreTrainedModel, *, steps: int = 5) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(
-    ("family", "more"),
-    [("qwen3", {}), ("qwen2", {}), ("mistral", {"sliding_window": 7}), ("olmo2", {}), ("gemma3_text", {})],
-)
-def test_a_model_decodes_as_without(family: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """qwen2's projections have biases; olmo2's and gemma3's attention is their own code, with float32 in it."""
-    model = build_model(family, **more)
-    with_kernels = decode(model)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"mlp_bias": True, "attention_bias": True},
+    "qwen2": {},  # its projections have biases
+    "qwen3": {},  # with norms of single heads
+    "mistral": {"sliding_window": 7},
+    "olmo2": {},  # its attention is its own, as is gemma3's: float32 in it, more norms
+    "gemma3_text": {},
+}
+WHOLE = ("llama", "qwen2", "qwen3", "mistral")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_decodes_as_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(family, **FAMILIES[family])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # biases of 0 and norms of 1 would hide a mistake
+            if "bias" in name or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    by_layers = decode(model, whole=False)
     monkeypatch.setattr(install, "has_pairs", lambda: False)
     monkeypatch.setattr("polm.rollout.reader.has_pairs", lambda: False)
     monkeypatch.setattr("polm.rollout.reader.can_attend", lambda _: False)
     without = decode(model)
-    assert with_kernels.dtype == without.dtype == torch.float32
-    assert 0 < float((with_kernels - without).abs().max()) <= 4 * ROUNDING * float(without.abs().max())
+    monkeypatch.undo()
+    assert by_layers.dtype == without.dtype == torch.float32
+    near = 4 * ROUNDING * float(without.abs().max())
+    assert 0 < float((by_layers - without).abs().max()) <= near
+    if family in WHOLE:
+        whole = decode(model, whole=True)
+        assert torch.equal(whole[0], by_layers[0])  # prompts are read by the layers
+        assert 0 < float((whole - without).abs().max()) <= near
+        assert float((whole - by_layers).abs().max()) <= near
+
+
+def test_one_call_is_not_made_of_what_it_would_leave_out() -> None:
+    def read_stack(model: PreTrainedModel, *, bf16: bool = True) -> Any:
+        with torch.no_grad(), autocast("cpu", bf16), kernels_while_sampling():
+            return build_readers([model], [None], [np.arange(1, 5)], [3], bf16, 3, 1 << 20)[0].stack
+
+    assert read_stack(build_model()) is not None
+    assert read_stack(build_model(), bf16=False) is None
+    assert read_stack(build_model(head_dim=24)) is None  # its attention is not one of the kernels'
+    assert read_stack(build_model("olmo2")) is None
+    hooked = build_model()
+    hooked.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert read_stack(hooked) is None
+    adapted = build_model()
+    layer = adapted.model.layers[0].self_attn
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    layer.v_proj = Adapter(64, 64)
+    assert read_stack(adapted) is None
+    layer.v_proj = torch.nn.Linear(64, 64)  # put there after the kernels were: nobody has looked at it
+    assert read_stack(adapted) is None
+    odd = build_model()
+    odd.model.layers[1].input_layernorm.variance_epsilon = 0.1
+    assert read_stack(odd) is None
 
 
 def test_products_are_taken_while_sampling_in_bf16_only() -> None:
