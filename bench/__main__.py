@@ -36,8 +36,6 @@ MODELS = {
 }
 UNITS = {"sft": "tokens/s", "dpo": "pairs/s", "grpo": "steps/s", "scoring": "tokens/s", "midtrain": "tokens/s"}
 BOTH = ("best", "defaults")
-# With its defaults the peer takes minutes for one repetition of these.
-SIDES = dict.fromkeys(("grpo", "generation-varying", "generation-equal"), ("best",))
 # Relative difference of the two sides' first losses that is let pass. The loss of DPO is made of small differences of
 # sums over whole answers, whose last digits float32 does not keep.
 GUARD = {"dpo": 1e-4}
@@ -260,7 +258,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--work", nargs="+", choices=[*MODELS, "curves"], default=[*MODELS, "curves"])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), help="default: those named in bench/README.md")
-    parser.add_argument("--sides", nargs="+", choices=["best", "defaults"], help="of the peer; default: by the work")
+    parser.add_argument("--sides", nargs="+", choices=["best", "defaults"], help="of the peer; default: both")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one repetition")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of all comparisons together, roughly")
@@ -300,7 +298,7 @@ def main() -> None:
         model_folder(model, "reference")
         left = len(cells) - number
         until = time.monotonic() + max(0.0, deadline - time.monotonic()) / left
-        sides = ["polm", *(["live", "ntp"] if work == "midtrain" else options.sides or SIDES.get(work, BOTH))]
+        sides = ["polm", *(["live", "ntp"] if work == "midtrain" else options.sides or BOTH)]
         workers = compare(work, model, sides, options, until)
         for row in build_rows(work, model, workers, options):
             data["rows"].append(row)

@@ -92,6 +92,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "try-batch-1": {"batch": 1, "sort": True},
         "try-batch-4": {"batch": 4, "sort": True},
         "try-batch-16": {"batch": 16, "sort": True},
+        "try-half": {"batch": 8, "sort": True, "half": True},
+        "try-half-4": {"batch": 4, "sort": True, "half": True},
+        "try-half-16": {"batch": 16, "sort": True, "half": True},
     },
     "generation-equal": {
         "best": {"batch": 32, "sort": False, "half": True, "cache_implementation": "static"},
@@ -285,13 +288,16 @@ def run_scoring(channel: Channel, spec: Spec, settings: dict[str, Any]) -> None:
             part = [torch.from_numpy(ids) for ids in order[first : first + settings["batch"]]]
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in part], batch_first=True)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec.precision == "bf16"):
+            cast = spec.precision == "bf16" and model.dtype != torch.bfloat16
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             logps = selective_log_softmax(logits, ids[:, 1:])
             total += float((logps * mask[:, 1:]).sum(dtype=torch.float64))
         return total
 
     guard = annotate(texts[:4]) / (sum(map(len, texts[:4])) - 4)
+    if settings.get("half") and spec.precision == "bf16":
+        model = model.to(torch.bfloat16)
 
     def call() -> dict[str, float]:
         annotate(texts)

@@ -229,7 +229,7 @@ def main() -> None:
     studies = {kind: build_claims(rows[kind], where=f"{kind}: ") for kind in STUDIES}
     write_claims(HERE / "result.json", [*claims, *(claim for found in studies.values() for claim in found)])
     print(write_table(claims))
-    tables = write_tables(rows["bases"], rows["whole"], claims) | write_study_tables(studies)
+    tables = write_tables(rows["bases"], rows["whole"], claims) | write_study_tables(claims, studies)
     tables["chains"] = write_chains(rows["whole"])
     fill_tables(HERE / "README.md", tables)
     for kind, found in studies.items():

@@ -57,6 +57,7 @@ STUDY_NAMES = {
     "long_annealing": "450 updates",
     "size_2m": "2 M parameters",
 }
+DUELS = {"remit": ("shuffled", "rho1", "distill"), "plausible": ("remit", "rho1", "distill")}
 RIVALS = ("remit02", "remit", "rho1", "distill", "sft_guided")
 Claims = Mapping[tuple[str, str, str], Mapping[str, Any]]
 
@@ -126,9 +127,14 @@ def write_tables(
     return tables
 
 
-def write_study_tables(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """By the names of their marks: fewer updates against NTP's whole annealing, and the other regimes that were run.
-    `studies` holds the claims of each; one without claims has not been run."""
+def write_study_tables(
+    claims: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, str]:
+    """By the names of their marks: fewer updates against NTP's whole annealing; the other regimes, against NTP; ReMiT
+    and `plausible` against their rivals in each.
+
+    `claims` are those of the demo's mixture, `studies` holds those of each study; one without claims has not been run.
+    """
     speed = index_claims(studies["speed"])
     few = [(name, write_cells(speed, Arm(1, arm).label, NTP, list(BASE))) for arm, name in SPEED.items()]
     rows = []
@@ -136,10 +142,25 @@ def write_study_tables(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> di
         by_key = index_claims(studies[study])
         found = [(NAMES[arm], write_cells(by_key, Arm(1, arm).label, NTP, list(BASE))) for arm in NAMES]
         rows += [[words if not place else "", name, *cells] for place, (name, cells) in enumerate(_only_run(found))]
+    places = [("as the demo", claims), *((words, studies[study]) for study, words in STUDY_NAMES.items())]
     return {
+        **{f"duels_{arm}": write_duels(arm, places) for arm in DUELS},
         "speed": write_table(["arm", *BASE.values()], [[name, *cells] for name, cells in _only_run(few)]),
         "regimes": write_table(["what differs", "arm", *BASE.values()], rows) if rows else "None has been run.",
     }
+
+
+def write_duels(arm: str, places: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """An arm against its rivals in each place that was run: pairs of its name and its claims."""
+    rows = []
+    for words, claims in places:
+        by_key = index_claims(claims)
+        found = [
+            (NAMES[rival], write_cells(by_key, Arm(1, arm).label, Arm(1, rival).label, list(BASE)))
+            for rival in DUELS[arm]
+        ]
+        rows += [[words if not place else "", name, *cells] for place, (name, cells) in enumerate(_only_run(found))]
+    return write_table(["where", f"{NAMES[arm].strip('*')} against", *BASE.values()], rows)
 
 
 def write_chains(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -37,6 +37,7 @@ from polm.models.heads import (
     name_layout,
     random_head,
 )
+from polm.models.kernels.install import install_products
 from polm.models.loading import build_check_ids, check_forest_logits, first_line, locate, whole_folder
 from polm.models.virtual import VIRTUAL, VirtualTokens
 from polm.recipe_adapter import AdapterSettings
@@ -187,6 +188,7 @@ def choose_targets(model: PreTrainedModel, targets: str | Sequence[str] | None) 
 def _adopt(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """Hang the adapter into the model, and check that the forest computes what peft's own forward computes."""
     setattr(model, ADAPTER, adapter)
+    install_products(model)
     if not adapter.merges:
         model.add_module("prompt_encoder", adapter.wrapper.prompt_encoder)
         setattr(model, VIRTUAL, functools.partial(_read_virtual, adapter))

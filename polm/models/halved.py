@@ -21,18 +21,22 @@ def halve_matrices(model: PreTrainedModel) -> int:
     """Round the float32 matrices of linear layers and embeddings to bf16, in place; returns how many.
 
     Products under bf16 autocast keep their bits: it rounds alike. Norms, biases and the residual stream stay float32;
-    what enters the stream, the embeddings, is rounded once (not at all where the checkpoint is in bf16). The model can
-    then neither be trained nor asked in float32 (ModelError). One with virtual tokens is left as it is.
+    what enters the stream, the embeddings, is rounded once (not at all where the checkpoint is in bf16). Embeddings
+    that compute something (Gemma's are scaled, in the dtype of the weight) stay as they are, and a head that is tied to
+    them. The weights then take no gradient, and tokens are read under bf16 autocast only (ModelError). A model with
+    virtual tokens is left as it is.
     """
     if read_virtual(model) is not None:
         return 0
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) or type(module) is nn.Embedding]
     matrices = {id(layer.weight): layer.weight for layer in layers if layer.weight.dtype == torch.float32}
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding:
+        matrices.pop(id(embedding.weight), None)
     model.requires_grad_(False)
     for weight in model.parameters():  # a tied one once
         # All are copied: one that stayed would keep the whole file mapped.
         weight.data = weight.data.to(torch.bfloat16) if id(weight) in matrices else weight.data.clone()
-    embedding = model.get_input_embeddings()
     if id(embedding.weight) in matrices:
         embedding.register_forward_hook(widen)
     return len(matrices)

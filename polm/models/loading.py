@@ -30,7 +30,7 @@ from polm.tokens import TokenBatch, build_completions, build_document, collate
 
 CHECK_TOLERANCE = 1e-3
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
-FEW_ROWS = 64
+TURNED_ROWS = 64  # up to here a product with the output matrix first is the faster order, in float32
 PLAIN_DECODER = "Use a plain attention decoder (Llama, Qwen, Mistral, OLMo-2, SmolLM, Gemma 3)"
 LOADING_CURE = (
     "If it is a folder, its files are damaged or incomplete: copy or download it again. If it is a hub id, check its "
@@ -155,7 +155,7 @@ def require_source(source: str | Path, what: str) -> str:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise ModelError(f"{path} is not a {what} folder: no {needed} in it (found {found})")
         return str(path)
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if path.exists() or name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError(f"no {what} folder at {name}; give a folder with a Hugging Face checkpoint, or a hub id")
     return name
 
@@ -340,8 +340,8 @@ def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tens
 
 
 def _multiply_head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    if hidden_ND.device.type == "cpu" and len(hidden_ND) <= FEW_ROWS and not torch.is_autocast_enabled("cpu"):
-        return torch.mm(weight_VD, hidden_ND.t()).t().float()  # the large matrix first is the faster order
+    if hidden_ND.device.type == "cpu" and len(hidden_ND) <= TURNED_ROWS and not torch.is_autocast_enabled("cpu"):
+        return torch.mm(weight_VD, hidden_ND.t()).t().float()
     return torch.nn.functional.linear(hidden_ND, weight_VD).float()
 
 

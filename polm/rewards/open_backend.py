@@ -46,7 +46,7 @@ def open_backend(
         path = Path(name)
         key = f"local:{fingerprint_path(path)}" if path.exists() else f"hub:{name}"
         bf16 = sample_in_bf16(precision, model.device.type, count_parameters(model))
-        if bf16 and loaded is None:
-            halve_matrices(model)
-        backend = LocalBackend(model, tokenizer, f"{key}:{'bf16' if bf16 else 'fp32'}", bf16)
+        is_halved = bf16 and loaded is None and halve_matrices(model) > 0
+        form = "fp32" if not bf16 else "bf16 alone" if is_halved else "bf16"
+        backend = LocalBackend(model, tokenizer, f"{key}:{form}", bf16)
     return backend if replies is None else CachedBackend(backend, replies, progress)

@@ -70,7 +70,8 @@ class PrefillCapture:
 class DecodeCache:
     """Static keys and values of `num_slots` rows; the live rows are always slots 0 to R - 1.
 
-    A key of position p of a row lies at p, so attention reads the positions up to the longest live row only.
+    A key of position p of a row lies at p, so attention reads the positions up to the longest live row only (the
+    kernel each row's own).
     `begin_step` or `begin` must be called before each forward over one token per live row.
     """
 

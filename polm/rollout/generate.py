@@ -155,7 +155,8 @@ def generate(
     for one in models:
         one.eval()
     try:
-        # One enclosing autocast keeps the bf16 copies of the weights for the whole call.
+        # One enclosing autocast keeps the bf16 copies of the weights for the whole call (where the kernels for few rows
+        # are, `kernels_while_sampling` does).
         with (
             torch.no_grad(),
             autocast(model.device.type, bf16),

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.models.forest_attention import Attends, build_plan
-from polm.models.kernels.build import has_pairs
 from polm.models.kernels.decode import FEW_ROWS, can_attend
+from polm.models.kernels.install import takes_kernels
 from polm.models.loading import output_head, output_logits
 from polm.models.virtual import PrefixPlan, VirtualTokens
 from polm.rollout.cache import (
@@ -131,6 +131,7 @@ class Reader:
             self.cache.fill(dict(above.layers), repeated, np.repeat(slots, above.num), repeated)
         self.held: Prefilled | None = None
         self.stack = build_stack(model, cache)
+        self.by_kernel = takes_kernels(model)
         self.recorded: RecordedSteps | None = None
         if recorder is not None:
             vocab = int(output_head(model)[0].shape[0])
@@ -175,7 +176,7 @@ class Reader:
         if self.recorded is not None and not self.recorded.given_up:
             return self.recorded.run(tokens_R, self.num_above + positions_R)
         rows = len(tokens_R)
-        by_kernel = rows <= FEW_ROWS and has_pairs()
+        by_kernel = rows <= FEW_ROWS and self.by_kernel
         if self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not by_kernel:
             # The library's bf16 products are compiled, and the code kept, for each number of rows, and a batch that
             # shrinks goes through all of them. So slots behind the live rows come along, at a place that is in use, and

@@ -90,9 +90,16 @@ def _linears(layer: Any) -> Iterator[Any]:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether each part computes what the kernels do: it then has been given them."""
-    known = [layer.self_attn, layer.mlp, *_linears(layer), *(norm for norm in _norms(layer) if norm is not None)]
-    return all(is_installed(part) for part in known) and all(type(part) is nn.Linear for part in _linears(layer))
+    """Whether each part computes what the kernels do: it then has been given them. Norms and biases are read as
+    float32."""
+    norms, linears = [norm for norm in _norms(layer) if norm is not None], list(_linears(layer))
+    vectors = [norm.weight for norm in norms] + [one.bias for one in linears if type(one) is nn.Linear]
+    known = [layer.self_attn, layer.mlp, *linears, *norms]
+    return (
+        all(is_installed(part) for part in known)
+        and all(type(part) is nn.Linear for part in linears)
+        and all(v.dtype == torch.float32 and v.is_contiguous() for v in vectors if v is not None)
+    )
 
 
 def _has_hooks(decoder: Any) -> bool:

@@ -131,7 +131,7 @@ def load_base(source: str, *, quantize: str | None = None, must_merge: bool = Fa
 
 
 def load_sampler(source: str, precision: str) -> tuple[Base, bool]:
-    """A model that is only read, and whether it reads in bf16; its matrices are then in bf16 alone."""
+    """A model that is only read, and whether it reads in bf16: then in bf16 alone, as far as `halve_matrices` goes."""
     base = load_base(source)
     bf16 = sample_in_bf16(precision, base.model.device.type, count_parameters(base.model))
     if bf16:

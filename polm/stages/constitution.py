@@ -222,5 +222,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=("critic", "constitution"),
+    version=2,
     summary="answers criticised and revised by written principles (Constitutional AI)",
 )

@@ -55,4 +55,12 @@ def choose_benchmarks(data: Path, settings: EvalSettings) -> dict[str, list[Benc
     return {name: items[:limit] if limit else items for name, items in chosen.items()}
 
 
-STAGE = Stage("eval", "produce", EvalSettings, run, inputs=("model", "data"), summary="benchmarks and likelihood")
+STAGE = Stage(
+    "eval",
+    "produce",
+    EvalSettings,
+    run,
+    inputs=("model", "data"),
+    version=2,
+    summary="benchmarks and likelihood",
+)

@@ -327,6 +327,6 @@ STAGE = Stage(
     run,
     inputs=("data",),
     optional_inputs=("judge", "base", "constitution"),
-    version=2,
+    version=3,
     summary="an AI judge's labels on pairs, on answers, or on a model's own samples (RLAIF)",
 )

@@ -97,6 +97,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=REWARD_INPUTS,
-    version=3,
+    version=4,
     summary="preference pairs from a model's own samples",
 )

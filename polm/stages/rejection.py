@@ -84,6 +84,6 @@ STAGE = Stage(
     run,
     inputs=("base", "data"),
     optional_inputs=REWARD_INPUTS,
-    version=2,
+    version=3,
     summary="a model's own best answers as SFT data (rejection sampling, RAFT)",
 )

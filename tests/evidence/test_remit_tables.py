@@ -28,7 +28,7 @@ def test_the_result_and_the_tables_are_what_the_seeds_say(script: ModuleType) ->
     expected = [*claims, *(claim for found in studies.values() for claim in found)]
     assert json.loads((FOLDER / "result.json").read_text()) == expected
     text = (FOLDER / "README.md").read_text()
-    tables = script.write_tables(rows["bases"], rows["whole"], claims) | script.write_study_tables(studies)
+    tables = script.write_tables(rows["bases"], rows["whole"], claims) | script.write_study_tables(claims, studies)
     for table in (*tables.values(), script.write_chains(rows["whole"])):
         assert table.strip() in text
 

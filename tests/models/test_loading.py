@@ -200,7 +200,7 @@ def test_a_damaged_folder_is_refused(saved: Path, damage: str) -> None:
     assert str(saved) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "a/b/c", "nowhere/"])
 def test_a_missing_folder(name: str) -> None:
     for load, what in ((load_model, "model"), (load_tokenizer, "tokenizer")):
         with pytest.raises(ModelError, match=rf"no {what} folder at {re.escape(name)}; give a folder.*or a hub id"):

@@ -21,6 +21,8 @@ FEW_ROWS = 64
 def multiply_few_rows(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x weight^T + bias in `dtype` (bfloat16 or float32); x and weight bfloat16, the bias float32. x may have more axes
     in front."""
+    assert x_RD.dtype == weight_ND.dtype == torch.bfloat16, (x_RD.dtype, weight_ND.dtype)
+    assert bias_N is None or bias_N.dtype == torch.float32, bias_N.dtype
     x_RD, depth = x_RD.contiguous(), x_RD.shape[-1]
     out = torch.empty((*x_RD.shape[:-1], len(weight_ND)), dtype=dtype)
     sizes = x_RD.numel() // depth, depth, len(weight_ND), int(dtype == torch.bfloat16)
@@ -48,6 +50,7 @@ def attend_past(
 
     All bfloat16 and contiguous, positions int64. Returns [R, H, W], bfloat16.
     """
+    assert all(x.dtype == torch.bfloat16 for x in (query_RHW, key_RJW, value_RJW, keys_SJLW, values_SJLW))
     out_RHW = torch.empty_like(query_RHW)
     rows, heads, width = query_RHW.shape
     sizes = rows, heads, *keys_SJLW.shape[1:2], width, keys_SJLW.shape[2], window or 0

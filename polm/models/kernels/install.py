@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from polm.models.forest_attention import forest_attention
 from polm.models.kernels import liger, rows
@@ -86,7 +87,7 @@ def multiply_while_sampling(x: Tensor, weight: Tensor, bias: Tensor | None, dtyp
         return None
     x, weight = x.to(torch.bfloat16), read_rounded(weight)
     if x.numel() <= FEW_ROWS * x.shape[-1]:
-        return multiply_few_rows(x, weight, bias, dtype)
+        return multiply_few_rows(x, weight, None if bias is None else bias.float(), dtype)
     return nn.functional.linear(x, weight, bias).to(dtype)
 
 
@@ -112,6 +113,12 @@ def is_installed(module: nn.Module) -> bool:
     return forward in (_attention_forward, _norm_forward, _linear_forward, _mlp_forward)
 
 
+def takes_kernels(model: nn.Module) -> bool:
+    """Whether each of a model's linear layers has the forward below, its adapters' too."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    return has_pairs() and all(is_installed(module) for module in linear)
+
+
 def _is_sampling() -> bool:
     return _sampling.get() is not None and not torch.is_grad_enabled()
 
@@ -131,6 +138,13 @@ def install_kernels(model: PreTrainedModel) -> int:
             # A bound method and no closure: a copy of the model then calls its own weights.
             module.forward = MethodType(forward, module)
     return sum(forward is not None for _, forward in chosen)
+
+
+def install_products(model: nn.Module) -> None:
+    """The same for linear layers alone: those that an adapter has brought."""
+    linear: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
+    for module in linear if has_pairs() else ():
+        module.forward = MethodType(_linear_forward, module)
 
 
 def _choose(module: nn.Module) -> Callable[..., Any] | None:

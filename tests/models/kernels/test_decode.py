@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from polm.engine.score import autocast
+from polm.engine.score import autocast, score
 from polm.errors import ModelError
+from polm.models.adapters import attach_adapter
 from polm.models.halved import halve_matrices
 from polm.models.kernels import install
 from polm.models.kernels.build import explain_absence, has_pairs
 from polm.models.kernels.decode import FEW_ROWS, attend_past, can_attend, multiply_few_rows
-from polm.models.kernels.install import kernels_while_sampling, multiply_while_sampling
+from polm.models.kernels.install import kernels_while_sampling, multiply_while_sampling, takes_kernels
 from polm.models.loading import prepare_model
+from polm.recipe import AdapterSettings
 from polm.rollout.cache import CacheShape, DecodeCache
 from polm.rollout.reader import build_readers
+from polm.tokens import build_document, collate
 
 pytestmark = pytest.mark.skipif(
     not has_pairs(), reason=explain_absence() or "this processor has no AVX512-BF16, or has AMX besides"
@@ -142,7 +145,6 @@ def test_a_model_decodes_as_without(family: str, monkeypatch: pytest.MonkeyPatch
                 parameter.add_(0.3 * torch.randn_like(parameter))
     by_layers = decode(model, whole=False)
     monkeypatch.setattr(install, "has_pairs", lambda: False)
-    monkeypatch.setattr("polm.rollout.reader.has_pairs", lambda: False)
     monkeypatch.setattr("polm.rollout.reader.can_attend", lambda _: False)
     without = decode(model)
     monkeypatch.undo()
@@ -179,6 +181,8 @@ def test_one_call_is_not_made_of_what_it_would_leave_out() -> None:
     layer.v_proj = torch.nn.Linear(64, 64)  # put there after the kernels were: nobody has looked at it
     assert read_stack(adapted) is None
     odd = build_model()
+    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double):
+        assert read_stack(cast(build_model("qwen2"))) is None  # norms and biases would be read as float32
     odd.model.layers[1].input_layernorm.variance_epsilon = 0.1
     assert read_stack(odd) is None
 
@@ -228,6 +232,12 @@ def test_the_cache_is_in_bf16_for_heads_that_the_kernel_takes() -> None:
 class TestHalved:
     """bf16 alone for a model that is only read (`models/halved.py`)."""
 
+    def test_embeddings_that_compute_something_stay(self) -> None:
+        model = build_model("gemma3_text")
+        wanted = decode(model)
+        assert halve_matrices(model) == 2 * 7
+        assert torch.equal(decode(model), wanted)
+
     @pytest.mark.parametrize("tied", [True, False])
     def test_the_numbers_are_those_of_autocast_on_rounded_embeddings(self, tied: bool) -> None:
         model = build_model(tie_word_embeddings=tied)
@@ -250,4 +260,52 @@ class TestHalved:
     def test_it_is_not_trained(self) -> None:
         model = build_model()
         halve_matrices(model)
-        assert not any(p.requires_grad for p in model.parameters())
+        scores = score(model, collate([build_document(np.arange(1, 9))]), bf16=True)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            scores.logprobs_N.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_another_dtype(dtype: torch.dtype) -> None:
+    """Biases and norms in it too: they are what the kernels would read as float32."""
+    model = build_model("qwen2")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    wanted = decode(model)
+    found = decode(model.to(dtype))
+    assert float((found - wanted).abs().max()) <= 4 * ROUNDING * float(wanted.abs().max())
+
+
+def test_the_layers_of_an_adapter_take_the_kernel_and_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model()
+    bare = decode(model)
+    attach_adapter(model, AdapterSettings(kind="lora", rank=4), "base", seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    assert takes_kernels(model)
+    adapted = decode(model, whole=False)
+    assert torch.equal(adapted, decode(model))
+    monkeypatch.setattr(install, "has_pairs", lambda: False)
+    monkeypatch.setattr("polm.rollout.reader.can_attend", lambda _: False)
+    without = decode(model)
+    near = 4 * ROUNDING * float(without.abs().max())
+    assert float((adapted - without).abs().max()) <= near < float((bare - without).abs().max())
+
+
+def test_rows_are_padded_where_a_product_is_not_the_kernels() -> None:
+    assert takes_kernels(build_model())
+    foreign = build_model()
+    foreign.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+    assert not takes_kernels(foreign)
+    seen = []
+    foreign.model.layers[0].mlp.up_proj.register_forward_hook(lambda *seen_by: seen.append(seen_by[2].shape[-2]))
+    with torch.no_grad(), autocast("cpu", True), kernels_while_sampling():
+        (reader,) = build_readers([foreign], [None], [np.arange(1, 5)] * 16, [4] * 16, True, 16, 1 << 20)
+        reader.read_prompts(np.arange(16), np.arange(16), waiting=False)
+        seen.clear()
+        for rows in (13, 15, 9):
+            assert len(reader.read_tokens(np.ones(rows, dtype=np.int64), np.full(rows, 4))) == rows
+    assert seen == [14, 16, 10]
