@@ -68,7 +68,7 @@ def build_stack(model: PreTrainedModel, cache: DecodeCache) -> DecoderStack | No
     eps = {norm.variance_epsilon for norm in norms if norm is not None}
     scales = {layer.self_attn.scaling for layer in layers}
     plain = len(layers) == cache.shape.num_layers and all(map(_is_plain, layers))
-    if not plain or len(eps) != 1 or len(scales) != 1 or _has_hooks(decoder):
+    if not plain or len(eps) != 1 or len(scales) != 1 or _has_hooks(decoder) or not _turns_whole_heads(decoder, cache):
         return None
     held: list[Tensor] = []
     rows = [_read_layer(layer, cache.store[i], held) for i, layer in enumerate(layers)]
@@ -109,6 +109,13 @@ def _has_hooks(decoder: Any) -> bool:
         if any(hook is not widen for hook in hooks) or (hooks and module is not decoder.embed_tokens):
             return True
     return False
+
+
+def _turns_whole_heads(decoder: Any, cache: DecodeCache) -> bool:
+    """Whether its rotary embedding is as wide as a head, in float32."""
+    sample = torch.zeros(1, 1, 1)
+    cosine, _ = decoder.rotary_emb(sample, torch.zeros(1, 1, dtype=torch.int64))
+    return bool(cosine.shape == (1, 1, cache.shape.head_width) and cosine.dtype == torch.float32)
 
 
 def _read_layer(layer: Any, store: Tensor, held: list[Tensor]) -> list[int]:

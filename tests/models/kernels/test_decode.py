@@ -180,6 +180,9 @@ def test_one_call_is_not_made_of_what_it_would_leave_out() -> None:
     assert read_stack(adapted) is None
     layer.v_proj = torch.nn.Linear(64, 64)  # put there after the kernels were: nobody has looked at it
     assert read_stack(adapted) is None
+    narrow = build_model()
+    narrow.model.rotary_emb.inv_freq = narrow.model.rotary_emb.inv_freq[:8]  # half of each head would be turned
+    assert read_stack(narrow) is None
     odd = build_model()
     for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double):
         assert read_stack(cast(build_model("qwen2"))) is None  # norms and biases would be read as float32
