@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from polm.errors import UserError
+from polm.models.kernels.build import has_pairs
 
 SMALL_MODEL = 20_000_000  # parameters
 # Of glibc's malloc.h: the two parameters of mallopt that are set.
@@ -31,12 +32,12 @@ def use_bf16(precision: str, device: str) -> bool:
 
 
 def sample_in_bf16(precision: str, device: str, num_parameters: int) -> bool:
-    """`use_bf16` for the generator. `auto` on a CPU means: from 20 M parameters on.
+    """`use_bf16` for the generator. `auto` on a CPU without our kernels for decoding means: from 20 M parameters on.
 
-    A decoding batch shrinks row by row, each width is a new shape, and CPU bf16 products are compiled for each shape:
-    a small model spends more on that than it gains.
+    A decoding batch shrinks row by row, each width is a new shape, and the library's bf16 products are compiled for
+    each shape: a small model spends more on that than it gains.
     """
-    small = device == "cpu" and num_parameters < SMALL_MODEL
+    small = device == "cpu" and num_parameters < SMALL_MODEL and not has_pairs()
     return use_bf16(precision, device) and not (precision == "auto" and small)
 
 

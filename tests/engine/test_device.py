@@ -27,9 +27,12 @@ from polm.errors import UserError
 )
 def test_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, precision: str, native: bool, expected: bool) -> None:
     monkeypatch.setattr(device, "has_cpu_bf16", lambda: native)
+    monkeypatch.setattr(device, "has_pairs", lambda: True)
     assert use_bf16(precision, "cpu") is expected
+    assert sample_in_bf16(precision, "cpu", 10) is expected
+    monkeypatch.setattr(device, "has_pairs", lambda: False)
     assert sample_in_bf16(precision, "cpu", SMALL_MODEL) is expected
-    # A small model samples in float32, unless bf16 was asked for by name.
+    # A small model samples in float32 without the kernels of decoding, unless bf16 was asked for by name.
     assert sample_in_bf16(precision, "cpu", SMALL_MODEL - 1) is (precision == "bf16")
 
 
