@@ -87,13 +87,13 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "try-batch-64": {"per_device_train_batch_size": 64, "gradient_checkpointing": False},
     },
     "scoring": {
-        "best": {"batch": 8, "sort": True},
+        "best": {"batch": 4, "sort": True, "half": True},
         "defaults": {"batch": 8, "sort": False},
         "try-batch-1": {"batch": 1, "sort": True},
         "try-batch-4": {"batch": 4, "sort": True},
+        "try-batch-8": {"batch": 8, "sort": True},
         "try-batch-16": {"batch": 16, "sort": True},
         "try-half": {"batch": 8, "sort": True, "half": True},
-        "try-half-4": {"batch": 4, "sort": True, "half": True},
         "try-half-16": {"batch": 16, "sort": True, "half": True},
     },
     "generation-equal": {
