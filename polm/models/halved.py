@@ -33,12 +33,13 @@ def halve_matrices(model: PreTrainedModel) -> int:
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding:
         matrices.pop(id(embedding.weight), None)
+    if not matrices:
+        return 0
     model.requires_grad_(False)
     for weight in model.parameters():  # a tied one once
         # All are copied: one that stayed would keep the whole file mapped.
         weight.data = weight.data.to(torch.bfloat16) if id(weight) in matrices else weight.data.clone()
-    if id(embedding.weight) in matrices:
-        embedding.register_forward_hook(widen)
+    embedding.register_forward_hook(widen)
     return len(matrices)
 
 
