@@ -56,6 +56,7 @@ STUDY_NAMES = {
     "short_annealing": "50 updates",
     "long_annealing": "450 updates",
     "size_2m": "2 M parameters",
+    "size_10m": "10 M parameters",
 }
 DUELS = {"remit": ("shuffled", "rho1", "distill"), "plausible": ("remit", "rho1", "distill")}
 RIVALS = ("remit02", "remit", "rho1", "distill", "sft_guided")
