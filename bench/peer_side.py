@@ -16,8 +16,12 @@ import numpy as np
 import torch
 
 from bench.channel import Channel, Meter, measure_calls
-from bench.polm_side import EQUAL_LENGTH, NEW_TOKENS, NUM_PROMPTS, NUM_QUESTIONS, NUM_SAMPLES
 from bench.setup import (
+    EQUAL_LENGTH,
+    NEW_TOKENS,
+    NUM_PROMPTS,
+    NUM_QUESTIONS,
+    NUM_SAMPLES,
     SHAPES,
     Spec,
     answer_lengths,

@@ -16,6 +16,11 @@ from bench.channel import Channel, Meter, measure_calls
 from bench.flops import decode_pairs, read_cost
 from bench.setup import (
     CONTEXT,
+    EQUAL_LENGTH,
+    NEW_TOKENS,
+    NUM_PROMPTS,
+    NUM_QUESTIONS,
+    NUM_SAMPLES,
     SHAPES,
     Spec,
     answer_lengths,
@@ -41,9 +46,6 @@ from polm.recipe import OptimizerSettings, TrainSettings
 from polm.rollout.generate import SamplingParams, generate
 from polm.signals.advantages import compute_group_advantages
 from polm.tokens import Objective, Step, Tree, build_completions, build_document, collate, tree_length
-
-NUM_PROMPTS, NUM_SAMPLES, NEW_TOKENS = 8, 8, 64  # of a GRPO step
-NUM_QUESTIONS, EQUAL_LENGTH = 32, 64  # of a call to the generator
 
 
 def load(spec: Spec, kind: str = "model") -> Any:

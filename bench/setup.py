@@ -15,12 +15,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from polm.models.loading import build_model, save_model
-
 CACHE = Path(__file__).parent / ".cache"
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 EOS = 1
 CONTEXT = 1024
+NUM_PROMPTS, NUM_SAMPLES, NEW_TOKENS = 8, 8, 64  # of a GRPO step
+NUM_QUESTIONS, EQUAL_LENGTH = 32, 64  # of a call to the generator
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Seconds to run: for trying the harness itself.
@@ -96,6 +96,8 @@ def model_folder(name: str, kind: str = "model", **changes: Any) -> Path:
     folder = CACHE / f"{name}{suffix}-{kind}"
     if (folder / "config.json").is_file():
         return folder
+    from polm.models.loading import build_model, save_model  # not in a process of the peer, whose memory is measured
+
     shape = {**SHAPES[name], **changes}
     model = build_model(
         **shape, max_positions=8192, tie_embeddings=True, rope_theta=10000.0, seed=0, eos_token_id=EOS, pad_token_id=0

@@ -241,12 +241,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Objective:
-    """A pure function over scores, with what it reads: streams of the batch, and scores from the engine."""
+    """A pure function over scores, with what it reads: streams of the batch, and scores from the engine.
+
+    `linear` says that the total is a constant plus a sum of `logprobs_N` and `candidates_NK`, each times a slope that
+    the batch alone decides: the head's gradient can then be computed in its forward pass.
+    """
 
     name: str
     compute: Callable[[Scores, TokenBatch], Loss]
     needs: Needs = field(default_factory=Needs)
     reads: tuple[str, ...] = ("weights",)
+    linear: bool = False
 
 
 def collate(trees: Iterable[Tree], *, seed: int = 0) -> TokenBatch:

@@ -24,7 +24,7 @@ from polm.engine.checkpoint import restore_checkpoint, save_checkpoint
 from polm.engine.device import use_bf16
 from polm.engine.optimizer import build_optimizers, set_rate
 from polm.engine.schedule import compute_rate_factor
-from polm.engine.score import score
+from polm.engine.score import find_slopes, score
 from polm.errors import ModelError, NonFiniteError
 from polm.models.actor_critic import Trained
 from polm.recipe import OptimizerSettings, TrainSettings
@@ -211,7 +211,8 @@ def add_up(model: Trained, batches: Sequence[TokenBatch], objective: Objective, 
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in batches:
         on_device = batch.to(model.device)
-        scores = score(model, on_device, objective.needs, temperature=temperature, bf16=bf16)
+        slopes_NK = find_slopes(objective, on_device)
+        scores = score(model, on_device, objective.needs, temperature=temperature, bf16=bf16, slopes_NK=slopes_NK)
         out = objective.compute(scores, on_device)
         out.total.backward()  # type: ignore[no-untyped-call]
         total = total + out.total.detach().double()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from polm.errors import ModelError
+from polm.models.mapped import find_clean_mappings, release_pages
 from polm.models.virtual import read_virtual
 
 
@@ -36,9 +37,12 @@ def halve_matrices(model: PreTrainedModel) -> int:
     if not matrices:
         return 0
     model.requires_grad_(False)
+    mappings = find_clean_mappings()
     for weight in model.parameters():  # a tied one once
         # All are copied: one that stayed would keep the whole file mapped.
-        weight.data = weight.data.to(torch.bfloat16) if id(weight) in matrices else weight.data.clone()
+        before = weight.data
+        weight.data = before.to(torch.bfloat16) if id(weight) in matrices else before.clone()
+        release_pages(before, mappings)
     embedding.register_forward_hook(widen)
     return len(matrices)
 

@@ -57,6 +57,7 @@ def build_distill(*, alpha: float, top_k: int) -> Objective:
         compute=compute,
         needs=Needs(candidates="ref_ids"),
         reads=("weights", "ref_ids", "ref_topk"),
+        linear=True,
     )
 
 

@@ -12,7 +12,7 @@ from polm.tokens import Loss, Metric, Objective, Scores, TokenBatch
 
 def build_ntp() -> Objective:
     """loss = sum weights * (-log p) / sum weights, in nats a token; with unit weights the mean cross-entropy."""
-    return Objective(name="ntp", compute=compute_ntp)
+    return Objective(name="ntp", compute=compute_ntp, linear=True)
 
 
 def compute_ntp(scores: Scores, batch: TokenBatch) -> Loss:

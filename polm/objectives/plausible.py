@@ -55,4 +55,4 @@ def build_plausible(*, gamma: float, floor: float, denominator: Denominator, shu
         total = (combined_N * -scores.logprobs_N.float()).sum()
         return Loss(total, weights_N.sum() if denominator == "tokens" else combined_N.sum(), metrics)
 
-    return Objective(name="plausible", compute=compute, reads=("weights", "ref_logprobs", "ref_topk"))
+    return Objective(name="plausible", compute=compute, reads=("weights", "ref_logprobs", "ref_topk"), linear=True)

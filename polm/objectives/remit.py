@@ -75,7 +75,7 @@ def build_remit(
         }
         return Loss(total, weights_N.sum() if denominator == "tokens" else combined_N.sum(), metrics)
 
-    return Objective(name="remit", compute=compute, reads=build_reads(base))
+    return Objective(name="remit", compute=compute, reads=build_reads(base), linear=base == "frozen")
 
 
 def check_base(objective: str, base: str) -> None:

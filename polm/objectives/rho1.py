@@ -45,4 +45,4 @@ def build_rho1(*, keep: float, base: Base, scope: Scope) -> Objective:
         }
         return Loss((kept_N * -scores.logprobs_N.float()).sum(), kept_N.sum(), metrics)
 
-    return Objective(name="rho1", compute=compute, reads=build_reads(base))
+    return Objective(name="rho1", compute=compute, reads=build_reads(base), linear=base == "frozen")

@@ -4,6 +4,8 @@ whole comparison of a tiny model runs where TRL is installed."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +166,11 @@ def test_the_page_names_targets_and_parts() -> None:
     assert "| 4.5 |" in page
     assert "generation 1.00 against 3.00 (3.00x)" in page
     assert "no GPU" in page
+
+
+def test_the_process_of_a_peer_loads_nothing_of_polm() -> None:
+    """Its memory is measured."""
+    code = "import sys, bench.worker, bench.peer_side; print([name for name in sys.modules if name.startswith('polm')])"
+    root = Path(bench.__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert run.stdout.strip() == "[]"

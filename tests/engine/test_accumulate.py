@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polm.engine import head
 from polm.engine.fit import accumulate, add_up
 from polm.models.kernels.proof import WaitingOperations
 from polm.objectives.distill import build_distill
@@ -110,9 +111,7 @@ TOKEN_OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize("objective", TOKEN_OBJECTIVES, ids=lambda o: o.name)
-def test_an_update_asks_for_no_number(build_tiny: Callable[..., PreTrainedModel], objective: Objective) -> None:
-    """A GPU is given the whole update before the host waits for it; so it is in pre-training, SFT and mid-training."""
+def build_annotated_trees() -> list[Tree]:
     rng = np.random.default_rng(1)
     trees = []
     for (root,) in build_trees():
@@ -121,7 +120,33 @@ def test_an_update_asks_for_no_number(build_tiny: Callable[..., PreTrainedModel]
             "ref_topk": np.log(rng.dirichlet(np.ones(4), len(root))[:, :3]).astype(np.float32),
         }
         trees.append((replace(root, streams={**root.streams, **more}),))
-    model = build_tiny()
+    return trees
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("objective", TOKEN_OBJECTIVES, ids=lambda o: o.name)
+def test_a_head_with_its_gradient_in_the_forward_pass_gives_the_same_bits(
+    build_tiny: Callable[..., PreTrainedModel], objective: Objective, bf16: bool
+) -> None:
+    """Two micro-batches, candidates, rows that are padded; with the compiled head where there is one."""
+    model, trees = build_tiny(), build_annotated_trees()
+    batches = [collate(trees[:4]), collate(trees[4:])]
+    found = []
+    for linear in (objective.linear, False):
+        loss, _ = accumulate(model, batches, replace(objective, linear=linear), 0.8, bf16)
+        found.append([torch.tensor(loss), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("objective", TOKEN_OBJECTIVES, ids=lambda o: o.name)
+def test_an_update_asks_for_no_number(
+    build_tiny: Callable[..., PreTrainedModel], objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is given the whole update before the host waits for it; so it is in pre-training, SFT and mid-training."""
+    # A CPU is asked whether the loss brings the slopes that it promised; test_head.py has what others do.
+    monkeypatch.setattr(head, "check_promise", lambda *_: None)
+    model, trees = build_tiny(), build_annotated_trees()
     with WaitingOperations() as mode:
         sums = add_up(model, [collate(trees[:4]), collate(trees[4:])], objective, 1.0, False)
         assert not mode.asked

@@ -370,6 +370,31 @@ def test_a_gradient_that_is_not_finite_stops_too(build_tiny: Build, tmp_path: Pa
         fit(build_tiny(), build_source(settings), Objective("bad", compute), settings, tmp_path)
 
 
+def test_a_weight_that_is_no_number_stops_a_linear_objective(build_tiny: Build, tmp_path: Path) -> None:
+    """There the head's gradient is computed before the loss is known."""
+    settings = build_settings()
+    source = build_source(settings)
+
+    def compute(scores: Scores, batch: TokenBatch) -> Loss:
+        total = (batch.at_targets("ref_logprobs") * scores.logprobs_N).sum()
+        return Loss(total, torch.tensor(1.0))
+
+    class Damaged:
+        num_updates, reads_weights = 1, True
+
+        def step(self, update: int, model: Any) -> Step:
+            del model
+            nan = torch.full_like(source.step(update).batches[0].streams["ref_logprobs"], float("nan"))
+            return Step([source.step(update).batches[0].with_streams(ref_logprobs=nan)])
+
+        def resumable(self, update: int) -> bool:
+            return update >= 0
+
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        fit(build_tiny(), Damaged(), Objective("damaged", compute, linear=True), settings, tmp_path)
+    assert (tmp_path / "nonfinite-update-0.safetensors").is_file()
+
+
 def test_a_full_disk_at_a_checkpoint_can_be_cured(
     build_tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

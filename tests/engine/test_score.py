@@ -1,9 +1,10 @@
-"""The chunked head against a dense log-softmax, and whole models against their own forward pass."""
+"""Whole models against their own forward pass."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,65 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polm.engine import score as engine
+from polm.engine import head as engine
+from polm.engine.fit import accumulate
 from polm.engine.score import score, score_top_k
+from polm.objectives.ntp import build_ntp
 from polm.tokens import Needs, Segment, TokenBatch, build_completions, build_document, collate
-
-NUM_TARGETS, WIDTH, VOCAB = 7, 6, 11
-
-
-def compute_dense(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_NK: Tensor, temperature: float, cap: float | None
-) -> tuple[Tensor, Tensor]:
-    """(log-probabilities [N, K], entropy [N]) from full logits, differentiated by autograd."""
-    logits_NV = hidden_ND @ weight_VD.t()
-    if cap is not None:
-        logits_NV = cap * torch.tanh(logits_NV / cap)
-    logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
-    return logp_NV.gather(1, ids_NK), -(logp_NV.exp() * logp_NV).sum(-1)
-
-
-@pytest.mark.parametrize("num_candidates", [0, 3])
-@pytest.mark.parametrize("cap", [None, 1.5])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("rows", "kept"), [(1, 4), (3, 0), (3, 100), (100, 0), (100, 100)])
-def test_the_chunked_head_is_a_dense_log_softmax(
-    monkeypatch: pytest.MonkeyPatch, rows: int, kept: int, temperature: float, cap: float | None, num_candidates: int
-) -> None:
-    """However many rows a chunk has, and for however many of them the distribution is kept."""
-    monkeypatch.setattr(engine, "MAX_LOGITS", rows * VOCAB)
-    monkeypatch.setattr(engine, "KEPT_LOGITS", kept * VOCAB)
-    generator = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(NUM_TARGETS, WIDTH, generator=generator, requires_grad=True)
-    weight = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
-    ids = torch.randint(0, VOCAB, (NUM_TARGETS, 1 + num_candidates), generator=generator)
-    ids[0] = ids[0, 0]  # the same token twice: its gradients must add up
-    pull_NK = torch.randn(ids.shape, generator=generator)
-    pull_N = torch.randn(NUM_TARGETS, generator=generator)
-    results = []
-    for with_entropy in (True, False):
-        pulls = pull_N if with_entropy else torch.zeros(NUM_TARGETS)
-        logprobs, entropy = engine._ChunkedHead.apply(
-            hidden, weight, ids, temperature, cap, with_entropy, torch.float32, True
-        )
-        total = (pull_NK * logprobs).sum() + ((pulls * entropy).sum() if with_entropy else 0.0)
-        got = (logprobs, *torch.autograd.grad(total, (hidden, weight)))
-        dense_logprobs, dense_entropy = compute_dense(hidden, weight, ids, temperature, cap)
-        dense_total = (pull_NK * dense_logprobs).sum() + (pulls * dense_entropy).sum()
-        expected = (dense_logprobs, *torch.autograd.grad(dense_total, (hidden, weight)))
-        for ours, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-        if with_entropy:
-            torch.testing.assert_close(entropy, dense_entropy, rtol=1e-5, atol=2e-6)
-        results.append(got)
-    assert not torch.allclose(results[0][1], results[1][1])  # the entropy's gradient is really there
-
-
-def test_chunks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_LOGITS", 100)
-    assert engine._chunks(7, 30) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert engine._chunks(2, 1000) == [slice(0, 1), slice(1, 2)]  # a vocabulary over the limit: one row at a time
-    assert engine._chunks(0, 10) == [slice(0, 0)]
 
 
 def build_batch(seed: int = 0) -> tuple[TokenBatch, list[tuple[np.ndarray, np.ndarray]]]:
@@ -159,25 +106,52 @@ def test_top_k_is_that_of_the_full_softmax(
     assert score_top_k(model, batch, 1000)[1].shape == (batch.num_targets, 40)  # never more than there are
 
 
-def test_no_full_logits_are_made(build_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only targets reach the head, never more of them at once than the limit allows, and what is kept of them for the
-    backward pass, which else computes them again, is limited too."""
-    monkeypatch.setattr(engine, "MAX_LOGITS", 4 * 40)
-    monkeypatch.setattr(engine, "KEPT_LOGITS", 9 * 40)
+def watch_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each product of hidden states with the output matrix from now on."""
     sizes: list[int] = []
-    real = engine._chunk_logits
+    real = engine.compute_chunk_logits
 
     def spy(hidden: Tensor, *rest: object) -> Tensor:
         sizes.append(len(hidden))
         return real(hidden, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine, "_chunk_logits", spy)
+    monkeypatch.setattr(engine, "compute_chunk_logits", spy)
+    return sizes
+
+
+def test_no_full_logits_are_made(build_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only targets reach the head, never more of them at once than the limit allows, and what is kept of them for the
+    backward pass, which else computes them again, is limited too."""
+    monkeypatch.setattr(engine, "MAX_LOGITS", 4 * 40)
+    monkeypatch.setattr(engine, "KEPT_LOGITS", 9 * 40)
+    sizes = watch_products(monkeypatch)
     batch, _ = build_batch()
     score(build_tiny(), batch).logprobs_N.sum().backward()
     assert max(sizes) == 4
     assert batch.num_targets > 9
     assert sum(sizes) == 2 * batch.num_targets - 8  # once forward; once backward, but for the two chunks kept
     assert batch.num_targets < batch.num_tokens
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_linear_objective_multiplies_with_the_output_matrix_once_less(
+    build_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    """Its gradient is computed in the head's forward pass, with the same bits in the end."""
+    monkeypatch.setattr(engine, "load_library", lambda: None)
+    monkeypatch.setattr(engine, "MAX_LOGITS", 4 * 40)
+    monkeypatch.setattr(engine, "KEPT_LOGITS", 0)
+    sizes = watch_products(monkeypatch)
+    model, (batch, _) = build_tiny(), build_batch()
+    grads, rows = [], []
+    for linear in (True, False):
+        sizes.clear()
+        loss, _ = accumulate(model, [batch], replace(build_ntp(), linear=linear), 1.0, bf16)
+        rows.append(sum(sizes))
+        grads.append([torch.tensor(loss), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad(set_to_none=True)
+    assert rows[1] == 2 * rows[0] >= 2 * batch.num_targets
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_bf16_stays_near_fp32(build_tiny: Callable[..., PreTrainedModel]) -> None:
@@ -225,14 +199,3 @@ def test_collisions(
     without = score(model, batch, temperature=temperature)
     assert without.collisions_N is None
     assert torch.equal(without.logprobs_N, scores.logprobs_N)
-
-
-def test_a_second_backward_pass_computes_again_what_the_first_gave_up() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(NUM_TARGETS, WIDTH, generator=generator, requires_grad=True)
-    weight = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
-    ids = torch.arange(NUM_TARGETS)[:, None] % VOCAB
-    logprobs, _ = engine._ChunkedHead.apply(hidden, weight, ids, 1.0, None, False, torch.float32, True)
-    first = torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True)
-    second = torch.autograd.grad(logprobs.sum(), (hidden, weight))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

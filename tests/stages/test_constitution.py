@@ -17,7 +17,7 @@ from polm.recipe import SFTSettings
 from polm.recipe_judge import ConstitutionStage, JudgeStage
 from polm.rewards.constitution import load_constitution
 
-FAST = {"first_wait_seconds": 0.005, "retries": 1, "timeout_seconds": 0.5}
+FAST = {"first_wait_seconds": 0.005, "retries": 1, "timeout_seconds": 20.0}
 SMALL: dict[str, Any] = {"num_prompts": 8, "max_new_tokens": 8, "max_critique_tokens": 6, "precision": "fp32"}
 
 
@@ -98,12 +98,13 @@ def test_what_is_no_revision_is_counted(artifact: Any, chat_server: Any, read_ro
         if kind == 4:
             return f" {answer}\n"
         if kind == 5:
-            time.sleep(0.8)
+            time.sleep(2.5)
         return "fine<|eos|>" if kind == 6 else "better"
 
     server = chat_server(reply)
     settings = build(server, max_failed=0.3)
-    settings = settings.model_copy(update={"endpoint": settings.endpoint.model_copy(update={"concurrency": 1})})  # type: ignore[union-attr]
+    change = {"concurrency": 1, "timeout_seconds": 1.5}
+    settings = settings.model_copy(update={"endpoint": settings.endpoint.model_copy(update=change)})  # type: ignore[union-attr]
     ledger = artifact.run("constitution", settings, inputs_of(artifact), tmp_path / "out")["ledger"]
     assert {name: n for name, n in ledger.items() if name.startswith(("crit", "rev")) and n} == {
         **{"critiques_empty": 1, "critiques_error": 1, "critiques_written": 6},

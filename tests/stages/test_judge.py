@@ -18,7 +18,7 @@ from polm.models.loading import save_model
 from polm.recipe import ModelShape, OptimizerSettings, SFTSettings
 from polm.recipe_judge import JudgeSettings, JudgeStage
 
-FAST = {"first_wait_seconds": 0.005, "retries": 1, "timeout_seconds": 0.5}
+FAST = {"first_wait_seconds": 0.005, "retries": 1, "timeout_seconds": 20.0}
 SHORT = {"pair_prompt": "{question}|{answer_a}|{answer_b}", "score_prompt": "{question}|{answer}"}
 
 
@@ -76,7 +76,7 @@ def test_what_has_no_verdict_is_counted(artifact: Any, chat_server: Any, tmp_pat
     def reply(body: dict[str, Any], number: int) -> Any:
         text = body["messages"][0]["content"]
         if "slow" in text:
-            time.sleep(1.0)
+            time.sleep(2.5)
         if "broken" in text:
             return 500, {}, b"out of order"
         return "who knows" if "odd" in text else "[[A]]" if "same" in text else prefer_longer(body, number)
@@ -91,14 +91,16 @@ def test_what_has_no_verdict_is_counted(artifact: Any, chat_server: Any, tmp_pat
         ("finest", "s"),
     ]
     data = write_pairs(tmp_path / "in", pairs)
-    settings = JudgeStage(judging=judged_by(chat_server(reply), orders="agree"), max_failed=0.3)
+    impatient = {"url": chat_server(reply).url, "model": "m", **FAST, "timeout_seconds": 1.5}
+    judging = {"verdict": "text", "endpoint": impatient, **SHORT}
+    settings = JudgeStage(judging={**judging, "orders": "agree"}, max_failed=0.3)
     manifest = artifact.run("judge", settings, {"data": str(data)}, tmp_path / "out")
     assert manifest["ledger"] == {
         **{"pairs": 7, "equal": 0, "preferred": 3, "inconsistent": 1},
         **{"timeout": 1, "error": 1, "unparsed": 1},
     }
     # Likewise where only the mean of both counts: a judge that takes the first place is undecided.
-    mean = JudgeStage(judging=judged_by(chat_server(reply)), max_failed=0.3)
+    mean = JudgeStage(judging=judging, max_failed=0.3)
     ledger = artifact.run("judge", mean, {"data": str(data)}, tmp_path / "mean")["ledger"]
     assert (ledger["tied"], ledger["preferred"]) == (1, 3)
 

@@ -37,6 +37,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "polm_swiglu_backward": (P, P, P, P, P, N, I, I),
     "polm_head_forward": (P, P, F, P, P, P, N, N, N, I, I),
     "polm_head_backward": (P, P, F, P, P, P, P, N, N, N, I, I),
+    "polm_head_gradient": (P, P, F, P, P, N, N, N, I, I),
 }
 # Only where the processor multiplies pairs of bfloat16.
 PAIR_SIGNATURES: dict[str, tuple[type, ...]] = {

@@ -242,7 +242,80 @@ void swiglu_backward(const X *g, const X *gate, const X *upper, X *dgate, X *dup
 
 // ---- The head: log-probabilities of a few ids a row, and their gradient ---------------------------------------------
 
-// logits z [rows, vocab] are divided by the temperature; ids, logprobs [rows, k]; lse, entropy [rows] (entropy or null).
+// Logits z are divided by the temperature; k ids a row. Gives log-probabilities of the ids, the log of the sum of
+// exponentials, and the entropy unless it is null.
+template <class X>
+inline void head_row_forward(
+    const X *in, const int64_t *ids, float inverse_temperature, float *logprobs, float *lse, float *entropy, int64_t vocab,
+    int64_t k
+) {
+    float most = up(in[0]);
+#pragma omp simd reduction(max : most)
+    for (int64_t v = 0; v < vocab; ++v) most = up(in[v]) > most ? up(in[v]) : most;
+    most *= inverse_temperature;
+    float sum = 0.0f, weighted = 0.0f;
+    // Short stretches into one float each and these into doubles: 256k terms of one sign would lose digits.
+    double total = 0.0, total_weighted = 0.0;
+    for (int64_t first = 0; first < vocab; first += 4096) {
+        int64_t end = first + 4096 < vocab ? first + 4096 : vocab;
+        sum = weighted = 0.0f;
+        if (entropy) {
+#pragma omp simd reduction(+ : sum, weighted)
+            for (int64_t v = first; v < end; ++v) {
+                float d = up(in[v]) * inverse_temperature - most, e = fast_exp(d);
+                sum += e;
+                weighted += e * d;
+            }
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t v = first; v < end; ++v) sum += fast_exp(up(in[v]) * inverse_temperature - most);
+        }
+        total += sum;
+        total_weighted += weighted;
+    }
+    float log_total = (float)std::log(total);
+    *lse = most + log_total;
+    if (entropy) *entropy = log_total - (float)(total_weighted / total);
+    for (int64_t i = 0; i < k; ++i) logprobs[i] = up(in[ids[i]]) * inverse_temperature - *lse;
+}
+
+// In place: a row of logits becomes their gradient. With p the distribution, g_k the gradient of logprob k and h that of
+// the entropy H: sum_k g_k (1[v = id_k] - p_v) - h p_v (log p_v + H), over the temperature. The logits may be a part of the
+// vocabulary; ids outside of it are left out. `at` is room for k numbers.
+template <class X>
+inline void head_row_backward(
+    X *row, const int64_t *ids, float inverse_temperature, float log_total, const float *entropy, const float *grad,
+    const float *grad_entropy, int64_t vocab, int64_t k, float *at
+) {
+    auto inside = [&](int64_t id) { return id >= 0 && id < vocab; };
+    float sum = 0.0f;
+    for (int64_t i = 0; i < k; ++i) sum += grad[i];
+    float h = grad_entropy ? *grad_entropy : 0.0f, own = grad_entropy ? *entropy : 0.0f;
+    auto pull = [&](float logit) {
+        float logp = logit * inverse_temperature - log_total;
+        return -fast_exp(logp) * (sum + h * (logp + own));
+    };
+    // The gradients at the ids are taken before the logits are gone, and added in float.
+    for (int64_t i = 0; i < k; ++i) at[i] = inside(ids[i]) ? pull(up(row[ids[i]])) : 0.0f;
+    if (grad_entropy) {
+#pragma omp simd
+        for (int64_t v = 0; v < vocab; ++v) put(row[v], pull(up(row[v])) * inverse_temperature);
+    } else {
+        float factor = -sum * inverse_temperature;
+#pragma omp simd
+        for (int64_t v = 0; v < vocab; ++v)
+            put(row[v], factor * fast_exp(up(row[v]) * inverse_temperature - log_total));
+    }
+    for (int64_t i = 0; i < k; ++i) {
+        if (!inside(ids[i])) continue;
+        float here = at[i];
+        for (int64_t j = 0; j < k; ++j)  // an id may stand more than once
+            if (ids[j] == ids[i]) here += grad[j];
+        put(row[ids[i]], here * inverse_temperature);
+    }
+}
+
+// z [rows, vocab]; ids, logprobs [rows, k]; lse, entropy [rows] (entropy or null).
 template <class X>
 void head_forward(
     const X *z, const int64_t *ids, float inverse_temperature, float *logprobs, float *lse, float *entropy, int64_t rows,
@@ -251,44 +324,15 @@ void head_forward(
 #pragma omp parallel num_threads(team(threads, rows * vocab))
     {
         Part part(rows, omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t t = part.begin; t < part.end; ++t) {
-            const X *in = z + t * vocab;
-            float most = up(in[0]);
-#pragma omp simd reduction(max : most)
-            for (int64_t v = 0; v < vocab; ++v) most = up(in[v]) > most ? up(in[v]) : most;
-            most *= inverse_temperature;
-            float sum = 0.0f, weighted = 0.0f;
-            // Short stretches into one float each and these into doubles: 256k terms of one sign would lose digits.
-            double total = 0.0, total_weighted = 0.0;
-            for (int64_t first = 0; first < vocab; first += 4096) {
-                int64_t end = first + 4096 < vocab ? first + 4096 : vocab;
-                sum = weighted = 0.0f;
-                if (entropy) {
-#pragma omp simd reduction(+ : sum, weighted)
-                    for (int64_t v = first; v < end; ++v) {
-                        float d = up(in[v]) * inverse_temperature - most, e = fast_exp(d);
-                        sum += e;
-                        weighted += e * d;
-                    }
-                } else {
-#pragma omp simd reduction(+ : sum)
-                    for (int64_t v = first; v < end; ++v) sum += fast_exp(up(in[v]) * inverse_temperature - most);
-                }
-                total += sum;
-                total_weighted += weighted;
-            }
-            float log_total = (float)std::log(total);
-            lse[t] = most + log_total;
-            if (entropy) entropy[t] = log_total - (float)(total_weighted / total);
-            for (int64_t i = 0; i < k; ++i)
-                logprobs[t * k + i] = up(in[ids[t * k + i]]) * inverse_temperature - lse[t];
-        }
+        for (int64_t t = part.begin; t < part.end; ++t)
+            head_row_forward(
+                z + t * vocab, ids + t * k, inverse_temperature, logprobs + t * k, lse + t, entropy ? entropy + t : nullptr,
+                vocab, k
+            );
     }
 }
 
-// In place: z becomes the gradient of the logits. With p the distribution, g_k the gradient of logprob k and h that of
-// the entropy H: sum_k g_k (1[v = id_k] - p_v) - h p_v (log p_v + H), over the temperature. The logits may be a part of the
-// vocabulary; ids outside of it are left out.
+// z becomes its gradient; grad [rows, k], grad_entropy [rows] or null.
 template <class X>
 void head_backward(
     X *z, const int64_t *ids, float inverse_temperature, const float *lse, const float *entropy, const float *grad,
@@ -298,35 +342,31 @@ void head_backward(
     {
         Part part(rows, omp_get_thread_num(), omp_get_num_threads());
         std::vector<float> at((size_t)k);
-        auto inside = [&](int64_t id) { return id >= 0 && id < vocab; };
+        for (int64_t t = part.begin; t < part.end; ++t)
+            head_row_backward(
+                z + t * vocab, ids + t * k, inverse_temperature, lse[t], entropy ? entropy + t : nullptr, grad + t * k,
+                grad_entropy ? grad_entropy + t : nullptr, vocab, k, at.data()
+            );
+    }
+}
+
+// Both for gradients that are known beforehand: a row is still in the cache when its gradient is written.
+template <class X>
+void head_gradient(
+    X *z, const int64_t *ids, float inverse_temperature, float *logprobs, const float *grad, int64_t rows, int64_t vocab,
+    int64_t k, int threads
+) {
+#pragma omp parallel num_threads(team(threads, rows * vocab))
+    {
+        Part part(rows, omp_get_thread_num(), omp_get_num_threads());
+        std::vector<float> at((size_t)k);
         for (int64_t t = part.begin; t < part.end; ++t) {
+            float lse;
             X *row = z + t * vocab;
-            float sum = 0.0f, log_total = lse[t];
-            for (int64_t i = 0; i < k; ++i) sum += grad[t * k + i];
-            float h = grad_entropy ? grad_entropy[t] : 0.0f, own = grad_entropy ? entropy[t] : 0.0f;
-            auto pull = [&](float logit) {
-                float logp = logit * inverse_temperature - log_total;
-                return -fast_exp(logp) * (sum + h * (logp + own));
-            };
-            // The gradients at the ids are taken before the logits are gone, and added in float.
-            for (int64_t i = 0; i < k; ++i)
-                at[(size_t)i] = inside(ids[t * k + i]) ? pull(up(row[ids[t * k + i]])) : 0.0f;
-            if (grad_entropy) {
-#pragma omp simd
-                for (int64_t v = 0; v < vocab; ++v) put(row[v], pull(up(row[v])) * inverse_temperature);
-            } else {
-                float factor = -sum * inverse_temperature;
-#pragma omp simd
-                for (int64_t v = 0; v < vocab; ++v)
-                    put(row[v], factor * fast_exp(up(row[v]) * inverse_temperature - log_total));
-            }
-            for (int64_t i = 0; i < k; ++i) {
-                if (!inside(ids[t * k + i])) continue;
-                float here = at[(size_t)i];
-                for (int64_t j = 0; j < k; ++j)  // an id may stand more than once
-                    if (ids[t * k + j] == ids[t * k + i]) here += grad[t * k + j];
-                put(row[ids[t * k + i]], here * inverse_temperature);
-            }
+            head_row_forward(row, ids + t * k, inverse_temperature, logprobs + t * k, &lse, nullptr, vocab, k);
+            head_row_backward(
+                row, ids + t * k, inverse_temperature, lse, nullptr, grad + t * k, nullptr, vocab, k, at.data()
+            );
         }
     }
 }
@@ -421,4 +461,12 @@ EXPORT void polm_head_backward(
         head_backward(
             (float *)z, ids, inverse_temperature, lse, entropy, grad, grad_entropy, rows, vocab, k, threads
         );
+}
+
+EXPORT void polm_head_gradient(
+    void *z, const int64_t *ids, float inverse_temperature, float *logprobs, const float *grad, int64_t rows,
+    int64_t vocab, int64_t k, int half, int threads
+) {
+    if (half) head_gradient((bf16 *)z, ids, inverse_temperature, logprobs, grad, rows, vocab, k, threads);
+    else head_gradient((float *)z, ids, inverse_temperature, logprobs, grad, rows, vocab, k, threads);
 }

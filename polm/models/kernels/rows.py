@@ -181,3 +181,13 @@ def head_backward_(
     sizes = *logits_NV.shape, ids_NK.shape[1], _is_half(logits_NV)
     tensors = total_N, entropy_N, grad_logprobs_NK, grad_entropy_N
     call_kernel("polm_head_backward", logits_NV, ids_NK, 1.0 / temperature, *tensors, *sizes)
+
+
+def head_gradient_(logits_NV: Tensor, ids_NK: Tensor, temperature: float, grad_logprobs_NK: Tensor) -> Tensor:
+    """`head_forward` and `head_backward_` in one pass: log-probabilities of the ids [N, K], float32; the logits become
+    their gradient, in place."""
+    logprobs_NK = torch.empty(ids_NK.shape)
+    sizes = *logits_NV.shape, ids_NK.shape[1], _is_half(logits_NV)
+    tensors = logprobs_NK, grad_logprobs_NK
+    call_kernel("polm_head_gradient", logits_NV, ids_NK, 1.0 / temperature, *tensors, *sizes)
+    return logprobs_NK

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from polm.engine import head
 from polm.engine.fit import accumulate, set_activation_checkpointing
 from polm.engine.score import score
 from polm.models.kernels import build, install, rows
@@ -61,7 +62,7 @@ def build_batch() -> TokenBatch:
 
 
 def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (build, install, rows, sys.modules[score.__module__]):
+    for module in (build, install, rows, head):
         monkeypatch.setattr(module, "load_library", lambda: None)
 
 
@@ -127,9 +128,9 @@ def test_bf16_entropy_and_candidates(temperature: float, monkeypatch: pytest.Mon
     for case in ("whole", "chunks", "without"):
         with monkeypatch.context() as patch:
             if case != "whole":
-                patch.setattr(sys.modules[score.__module__], "MAX_LOGITS", 97 * 7)
-                patch.setattr(sys.modules[score.__module__], "KEPT_LOGITS", 0)
-                patch.setattr(sys.modules[score.__module__], "KEPT_BYTES", 0)
+                patch.setattr(head, "MAX_LOGITS", 97 * 7)
+                patch.setattr(head, "KEPT_LOGITS", 0)
+                patch.setattr(head, "KEPT_BYTES", 0)
             if case == "without":
                 switch_off(patch)
             scores = score(model, batch, needs, temperature=temperature, bf16=True)
