@@ -49,10 +49,10 @@ METRICS = {
 DIRECT = "####"  # how an answer without steps begins
 
 
-def prune(graph: Graph) -> Graph:
-    """The evaluations of the bases, and of the control everywhere, with what they are made from."""
+def prune(graph: Graph, *, control: bool) -> Graph:
+    """The evaluations of the bases, and all of the control where they are asked for, with what they are made from."""
     kept: set[str] = set()
-    stack = [name for name in graph if name.endswith("eval_base") or ("/c0/ntp/eval" in name)]
+    stack = [name for name in graph if name.endswith("eval_base") or (control and "/c0/ntp/eval" in name)]
     while stack:
         name = stack.pop()
         if name not in kept:
@@ -88,7 +88,7 @@ def run_seeds(kind: str, seeds: Sequence[int]) -> Run:
     graph = shorten(build_graph(recipe), STUDIES.get(kind, {}).get("updates", {}))
     # The studies share a folder, and with it what they have in common.
     folder = RUNS / ("evidence_remit_studies" if kind in STUDIES else recipe.name)
-    plan = build_plan(recipe, graph if kind == "whole" else prune(graph), folder)
+    plan = build_plan(recipe, graph if kind == "whole" else prune(graph, control=kind == "bases"), folder)
 
     def watch(event: Event) -> None:
         if event.kind == "done":
