@@ -36,8 +36,8 @@ from polm.errors import ModelError
 from polm.models.loading import (
     LOADING_CURE,
     check_forest,
+    find,
     first_line,
-    locate,
     require_all_weights,
     require_source,
     switch_to_forest,
@@ -94,7 +94,7 @@ def read_layout(source: str | Path) -> Layout | None:
     """
     name = require_source(source, "model")
     try:
-        architectures = AutoConfig.from_pretrained(**locate(name)).architectures or ()
+        architectures = AutoConfig.from_pretrained(**find(name)).architectures or ()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
     return next((layout for layout, suffix in SUFFIXES.items() if any(a.endswith(suffix) for a in architectures)), None)
@@ -116,7 +116,7 @@ def load_scalar_model(
         )
     model: PreTrainedModel
     try:
-        model, report = CLASSES[layout].from_pretrained(**locate(name), dtype=dtype, output_loading_info=True)
+        model, report = CLASSES[layout].from_pretrained(**find(name), dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
     require_all_weights(report["missing_keys"], name)
@@ -138,7 +138,7 @@ def load_quantized_classifier(
     model: PreTrainedModel
     try:
         model, report = CLASSES[layout].from_pretrained(
-            **locate(name), num_labels=num_labels, dtype=torch.float32, output_loading_info=True, **more
+            **find(name), num_labels=num_labels, dtype=torch.float32, output_loading_info=True, **more
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error

@@ -11,11 +11,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from httpx import TransportError
+from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -96,7 +98,7 @@ def load_model(
     model: PreTrainedModel
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            **locate(name), dtype=dtype, output_loading_info=True, **more
+            **find(name), dtype=dtype, output_loading_info=True, **more
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
@@ -126,7 +128,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or a hub id."""
     name = require_source(source, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**locate(name))
+        tokenizer = AutoTokenizer.from_pretrained(**find(name))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the tokenizer of {name} could not be loaded: {first_line(error)}. {LOADING_CURE}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -166,6 +168,24 @@ def locate(name: str) -> dict[str, str]:
         return {"pretrained_model_name_or_path": name}
     hub_id, _, revision = name.partition("@")
     return {"pretrained_model_name_or_path": hub_id, **({"revision": revision} if revision else {})}
+
+
+def find(name: str) -> dict[str, str]:
+    """`locate`, for loading: where the hub of an id cannot be reached, the libraries are told so first."""
+    if not Path(name).is_dir():
+        check_hub()
+    return locate(name)
+
+
+@cache
+def check_hub() -> None:
+    """Without a connection they would try every file of a model for 20 seconds, also those that are in the cache."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10.0)
+    except TransportError:
+        constants.HF_HUB_OFFLINE = True  # in this process
 
 
 def first_line(error: BaseException) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -218,6 +223,58 @@ def test_a_hub_id_without_a_connection(name: str) -> None:
     for load in (load_model, load_tokenizer):
         with pytest.raises(ModelError, match=rf"{name} could not be loaded.*connection, or give the folder of a copy"):
             load(name)
+
+
+class Session:
+    """Of the hub's library; counts what is asked."""
+
+    def __init__(self, error: Exception | None):
+        self.error, self.asked = error, 0
+
+    def head(self, url: str, **options: Any) -> None:
+        assert url.startswith("https://")
+        assert options["timeout"] <= 10
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(("error", "offline"), [(None, False), (httpx.ConnectError("no"), True)])
+def test_a_hub_is_asked_once_whether_it_is_there(
+    error: Exception | None, offline: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where it is not, the libraries read the cache alone; they would try each file for 20 seconds."""
+    session = Session(error)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading, "get_session", lambda: session)
+    loading.check_hub.cache_clear()
+    assert loading.find(str(tmp_path)) == loading.locate(str(tmp_path))
+    assert session.asked == 0
+    assert loading.find("a/b@v1") == loading.locate("a/b@v1")
+    assert loading.find("a/c") == loading.locate("a/c")
+    assert session.asked == 1
+    assert constants.HF_HUB_OFFLINE is offline
+    loading.check_hub.cache_clear()
+    constants.HF_HUB_OFFLINE = True  # as a user may have said
+    loading.find("a/b")
+    assert session.asked == 1
+    loading.check_hub.cache_clear()
+
+
+def test_without_a_connection_the_answer_comes_at_once() -> None:
+    """Nothing is tried again, neither for the model nor for an adapter of that name."""
+    code = (
+        "import httpx, huggingface_hub\n"
+        "from polm.models import loading\n"
+        "def refuse(request): raise httpx.ConnectError('no')\n"
+        "huggingface_hub.set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(refuse)))\n"
+        "try: loading.load_model('nosuch/model')\n"
+        "except loading.ModelError as error: print(error)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "nosuch/model could not be loaded" in run.stdout
+    assert "Retrying" not in run.stderr
 
 
 def test_a_revision_stands_after_the_at(tmp_path: Path) -> None:
