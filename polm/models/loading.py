@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -182,10 +183,14 @@ def check_hub() -> None:
     """Without a connection they would try every file of a model for 20 seconds, also those that are in the cache."""
     if constants.HF_HUB_OFFLINE:
         return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10.0)
-    except TransportError:
-        constants.HF_HUB_OFFLINE = True  # in this process
+    for wait in (1.0, 0.0):  # one lost connection is not yet a hub out of reach
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10.0)
+        except TransportError:
+            time.sleep(wait)
+        else:
+            return
+    constants.HF_HUB_OFFLINE = True  # in this process
 
 
 def first_line(error: BaseException) -> str:
