@@ -1,4 +1,4 @@
-"""Run ReMiT and its rivals over fresh seeds; write one file a seed, then result.json, figure.png and the tables.
+"""Run ReMiT and its rivals over fresh seeds; write one file a seed, then result.json, the figures and the tables.
 
 python evidence/remit/run.py bases            # bases.yaml: the bases of one cycle, all arms and controls
 python evidence/remit/run.py whole            # recipe.yaml: through SFT, DPO and RL, three cycles
@@ -19,13 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from tables import write_chains, write_study_tables, write_tables
+from figures import draw_bases, draw_regimes
+from tables import METRICS, write_chains, write_study_tables, write_tables
 
 from polm.config import load_settings, validate
 from polm.evals.claims import build_claim, fill_tables, write_claims
@@ -40,12 +37,6 @@ RUNS = HERE.parent.parent / "runs"
 RECIPES = {"bases": HERE / "bases.yaml", "whole": HERE / "recipe.yaml"}
 STUDIES: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "studies.yaml").read_text())
 STUDY_ARMS = ("remit", "plausible", "rho1", "distill", "shuffled")  # of bases.yaml, where a study names none
-METRICS = {
-    "greedy": ("greedy", "points", 100.0, "higher"),
-    "pass@1": ("sampled", "points", 100.0, "higher"),
-    "steps@1": ("sampled, made to work in steps", "points", 100.0, "higher"),
-    "nll": ("NLL of held-out solutions", "nats/token", 1.0, "lower"),
-}
 DIRECT = "####"  # how an answer without steps begins
 
 
@@ -193,25 +184,6 @@ def write_table(claims: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(claims: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Differences of the bases to NTP with 95 % t intervals over the seeds, a panel a metric."""
-    ntp = Arm(0, "ntp").label
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(12, 3.6), sharey=True)
-    for axis, (metric, (words, unit, _, better)) in zip(axes, METRICS.items(), strict=True):
-        chosen = [c for c in claims if c["control"] == ntp and c["metric"].startswith(f"base/{metric} ")]
-        chosen = [c for c in chosen if c["arm"].endswith("cycle 1")]
-        for place, claim in enumerate(chosen):
-            mean, (low, high) = claim["mean"], claim["interval95"]
-            axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
-        axis.set_yticks(range(len(chosen)), [c["arm"].split(" ")[0] for c in chosen])
-        axis.axvline(0, color="0.5", linewidth=1)
-        axis.set_title(words, fontsize=9)
-        axis.set_xlabel(f"{unit} over NTP ({'more' if better == 'higher' else 'less'} is better)", fontsize=8)
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     kind, *numbers = sys.argv[1:] or ["table"]
     if kind != "table":
@@ -234,7 +206,8 @@ def main() -> None:
     fill_tables(HERE / "README.md", tables)
     for kind, found in studies.items():
         print(f"{kind}, {len(rows[kind])} seeds\n{write_table(found) if found else ''}")
-    draw(claims, HERE / "figure.png")
+    draw_bases(claims, HERE / "figure.png")
+    draw_regimes(claims, studies, HERE / "regimes.png")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,12 @@ from polm.evals.claims import build_claim
 from polm.report.compare import Arm, describe_point
 
 NTP = Arm(0, "ntp").label
+METRICS = {  # in words, unit, scale, which way is better
+    "greedy": ("greedy", "points", 100.0, "higher"),
+    "pass@1": ("sampled", "points", 100.0, "higher"),
+    "steps@1": ("sampled, in steps", "points", 100.0, "higher"),
+    "nll": ("NLL of held-out solutions", "nats/token", 1.0, "lower"),
+}
 NAMES = {
     "remit02": "ReMiT, eps 0.2 (the paper's)",
     "remit": "ReMiT, eps 0.8",
@@ -57,6 +63,16 @@ STUDY_NAMES = {
     "long_annealing": "450 updates",
     "size_2m": "2 M parameters",
     "size_10m": "10 M parameters",
+    "cool": "sampled at temperature 0.5",
+    "cool_10m": "10 M parameters, sampled at 0.5",
+}
+SHORT = {
+    "ntp": "NTP",
+    "remit": "ReMiT",
+    "shuffled": "its shuffled control",
+    "rho1": "Rho-1",
+    "distill": "distillation",
+    "plausible": "plausible",
 }
 DUELS = {"remit": ("shuffled", "rho1", "distill"), "plausible": ("remit", "rho1", "distill")}
 RIVALS = ("remit02", "remit", "rho1", "distill", "sft_guided")
@@ -132,7 +148,7 @@ def write_study_tables(
     claims: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, str]:
     """By the names of their marks: fewer updates against NTP's whole annealing; the other regimes, against NTP; ReMiT
-    and `plausible` against their rivals in each.
+    and `plausible` against their rivals in each, and a map of what is shown.
 
     `claims` are those of the demo's mixture, `studies` holds those of each study; one without claims has not been run.
     """
@@ -146,6 +162,7 @@ def write_study_tables(
     places = [("as the demo", claims), *((words, studies[study]) for study, words in STUDY_NAMES.items())]
     return {
         **{f"duels_{arm}": write_duels(arm, places) for arm in DUELS},
+        "map": write_map(places),
         "speed": write_table(["arm", *BASE.values()], [[name, *cells] for name, cells in _only_run(few)]),
         "regimes": write_table(["what differs", "arm", *BASE.values()], rows) if rows else "None has been run.",
     }
@@ -162,6 +179,32 @@ def write_duels(arm: str, places: Sequence[tuple[str, Sequence[Mapping[str, Any]
         ]
         rows += [[words if not place else "", name, *cells] for place, (name, cells) in enumerate(_only_run(found))]
     return write_table(["where", f"{NAMES[arm].strip('*')} against", *BASE.values()], rows)
+
+
+def write_map(places: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """Where each arm is shown to be ahead: for each metric of `BASE` a mark, + better, − worse, · not shown."""
+    pairs = [(arm, rival) for arm, rivals in DUELS.items() for rival in ("ntp", *rivals)]
+    heads = [f"{SHORT[arm]} to {SHORT[rival]}" for arm, rival in pairs]
+    rows = []
+    for words, claims in places:
+        by_key = index_claims(claims)
+        cells = [
+            _mark(by_key, Arm(1, arm).label, NTP if rival == "ntp" else Arm(1, rival).label) for arm, rival in pairs
+        ]
+        rows += [[words, *cells]] if all(cells) else []
+    return write_table(["where", *heads], rows)
+
+
+def _mark(claims: Claims, arm: str, control: str) -> str:
+    found = [claims.get((arm, control, metric)) for metric in BASE]
+    marks = []
+    for metric, claim in zip(BASE, found, strict=True):
+        if claim is None:
+            return ""
+        low, high = claim["interval95"]
+        worse = low > 0 if metric.endswith("nll") else high < 0
+        marks.append("+" if claim["holds"] else "−" if worse else "·")
+    return f"`{' '.join(marks)}`"
 
 
 def write_chains(rows: Sequence[Mapping[str, Any]]) -> str:

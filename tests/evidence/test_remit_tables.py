@@ -44,3 +44,23 @@ def test_a_cell_is_mean_and_interval(script: ModuleType) -> None:
     cells = tables.write_cells(by_key, "plausible · cycle 1", tables.NTP, ["base/greedy"])
     assert cells == ["+2.0 (−0.5 to +4.5)"]
     assert tables.write_cells(by_key, "rho1 · cycle 1", tables.NTP, ["base/greedy"]) is None
+
+
+def test_a_map_marks_what_is_shown(script: ModuleType) -> None:
+    """Three seeds a metric: surely better, surely worse, not shown, and less of what is better lower."""
+    gains = {
+        "greedy": (0.521, 0.522, 0.523),
+        "pass@1": (0.477, 0.478, 0.479),
+        "steps@1": (0.40, 0.50, 0.61),
+        "nll": (0.477, 0.478, 0.479),
+    }
+    ntp = dict.fromkeys(gains, 0.5)
+    rows = []
+    for place in range(3):
+        mine = {metric: values[place] for metric, values in gains.items()}
+        others = {f"{arm} · cycle 1": {"base": ntp} for arm in ("shuffled", "rho1", "distill", "remit")}
+        rows.append({"scores": {"ntp · cycle 0": {"base": ntp}, **others, "plausible · cycle 1": {"base": mine}}})
+    tables = importlib.import_module("tables")
+    claims = script.build_claims(rows)
+    _, _, *lines = tables.write_map([("here", claims), ("not run", [])]).splitlines()
+    assert lines == ["| here |" + " `· · · ·` |" * 4 + " `+ − · +` |" * 4]
