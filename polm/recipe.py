@@ -91,7 +91,9 @@ class TrainSettings(Settings):
     epochs: Positive | None = None
     bin_tokens: Count = Field(1024, description="length of a packed bin")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    threads: Number = Field(1, description="CPU threads of the stage; 0 = all cores. Fixed, so that bits repeat")
+    threads: Number = Field(
+        1, description="CPU threads, on which the bits depend; 0 = all cores (the default of a stage run by itself)"
+    )
     activation_checkpointing: bool = Field(
         False,
         description="compute each layer's activations again in the backward pass: less memory, a quarter more time",
@@ -104,8 +106,10 @@ class TrainSettings(Settings):
         description="train this on the frozen base, in place of its weights",
         json_schema_extra={"semantic": "if given"},
     )
-    checkpoint_every: Number = Field(
-        0, description="updates between checkpoints; 0 = off", json_schema_extra=NOT_SEMANTIC
+    checkpoint_every: Number | None = Field(
+        None,
+        description="updates between checkpoints; 0 = none; without it, one whenever the last is ten minutes old",
+        json_schema_extra=NOT_SEMANTIC,
     )
     log_every: Count = Field(1, json_schema_extra=NOT_SEMANTIC)
 

@@ -47,7 +47,7 @@ MAX_FILE_LINES = 600
 
 # Right may import left; rooms in the same braces are siblings and do not import each other.
 ORDER: tuple[set[str], ...] = (
-    {"tokens", "errors", "config", "recipe", "recipe_adapter", "recipe_data", "recipe_judge", "recipe_online"}
+    {"tokens", "errors", "cores", "config", "recipe", "recipe_adapter", "recipe_data", "recipe_judge", "recipe_online"}
     | {"recipe_rewards", "recipe_rl", "recipe_rounds", "recipe_types"},
     {"signals", "text", "weights", "demo"},
     {"objectives", "models", "data"},

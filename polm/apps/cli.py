@@ -16,6 +16,7 @@ from rich.console import Console
 
 from polm import __version__
 from polm.config import Settings, find_recipe, load_settings, read_yaml
+from polm.cores import count_cores
 from polm.errors import UserError
 from polm.report.escape import clean_text
 
@@ -89,7 +90,7 @@ def run(
 
     settings = load_recipe(find_recipe(recipe), overrides or ())
     plan = build_plan(settings, build_any_graph(settings), runs / settings.name)
-    workers = settings.workers or os.cpu_count() or 1
+    workers = settings.workers or count_cores()
     if dry_run:
         console.print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), markup=False)
         print_plan(console, plan, workers)
@@ -296,7 +297,8 @@ def run_stage(name: str, recipe: str | None, words: Sequence[str]) -> None:
 def load_stage_settings(kind: type[Settings], name: str, recipe: str | None, overrides: Sequence[str]) -> Settings:
     """A stage's settings from the section of a whole recipe, from a file of its own, or from defaults.
 
-    A recipe has no section `annotate`: there it means the documents that the recipe's mid-training will read.
+    One that belongs to no whole recipe uses all cores unless it says how many; a recipe's stages run side by side. A
+    recipe has no section `annotate`: there it means the documents that the recipe's mid-training will read.
     """
     from polm.flywheel.graph import annotate_settings
     from polm.recipe import MidtrainSettings
@@ -319,7 +321,10 @@ def load_stage_settings(kind: type[Settings], name: str, recipe: str | None, ove
         overrides = [*words, *overrides]
     if is_whole and not isinstance(values.get(name), dict):  # a recipe that leaves the stage at its defaults
         file = None
-    return load_settings(kind, file, overrides, section=name)
+    settings = load_settings(kind, file, overrides, section=name)
+    if "threads" in kind.model_fields and "threads" not in settings.model_fields_set and not is_whole:
+        return settings.model_copy(update={"threads": 0})  # nothing runs beside it
+    return settings
 
 
 def _stage_command(name: str) -> Callable[..., Any]:

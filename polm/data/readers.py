@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from polm.data.files import read_rows
+from polm.data.files import join_names, read_jsonl, read_rows
 from polm.data.formats import FORMATS, OnBad, detect_row
 from polm.data.messages import prepare_row, read_media
 from polm.data.normalise import (
@@ -238,6 +238,27 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         _remove_quietly(temporary)
         raise
     return num_rows
+
+
+def read_back(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Reads the rows that `write_jsonl` left for a stage that goes on. Only "\\n" ends a line of it: `str.splitlines`
+    also cuts at U+2028, U+0085 and others, which JSON lets stand inside a text.
+
+    Raises:
+        StoreError: a line that is torn, is no object or lacks a column; `write_jsonl` leaves none, so the file is
+            damaged or somebody else's.
+    """
+    if path.is_file() and path.stat().st_size == 0:
+        return  # no rows are a result too
+    cure = "the file is damaged or was changed; remove it and run the same command again, which makes it anew"
+    try:
+        for line, row in read_jsonl(path):
+            missing = [name for name in columns if name not in row]
+            if missing:
+                raise DataError(f"{path}:{line}: no {', '.join(missing)}, found {join_names(row) or 'nothing'}")
+            yield row
+    except DataError as error:
+        raise StoreError(f"{error}: {cure}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
+from polm.cores import count_cores
 from polm.errors import UserError
 from polm.models.kernels.build import has_pairs
 
@@ -63,7 +63,7 @@ def is_bf16_fast(vendor: str, flags: Collection[str]) -> bool:
 
 def set_threads(threads: int) -> int:
     """Fix the number of CPU threads (0 = all cores); returns it. The bits of a result depend on this number."""
-    chosen = threads or os.cpu_count() or 1
+    chosen = threads or count_cores()
     torch.set_num_threads(chosen)
     return chosen
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polm.data.packing import mix_seed
-from polm.engine.checkpoint import restore_checkpoint, save_checkpoint
+from polm.engine.checkpoint import Progress, restore_checkpoint, save_checkpoint
 from polm.engine.device import use_bf16
 from polm.engine.optimizer import build_optimizers, set_rate
 from polm.engine.schedule import compute_rate_factor
@@ -30,6 +30,7 @@ from polm.models.actor_critic import Trained
 from polm.recipe import OptimizerSettings, TrainSettings
 from polm.tokens import Metric, Objective, Step, TokenBatch
 
+CHECKPOINT_SECONDS = 600.0  # what a kill may cost where no number of updates is given
 COUNT = "count/"  # metrics of this prefix are summed over the whole run, for the ledger
 
 
@@ -103,7 +104,7 @@ def fit(
         set_activation_checkpointing(part.module, settings.activation_checkpointing)
     line: dict[str, Any] = {}
     ahead: Step | None = None
-    began = time.perf_counter() - progress.seconds
+    began = time.perf_counter() - (saved := progress.seconds)
     for update in range(progress.update, source.num_updates):
         torch.manual_seed(mix_seed(settings.seed, update))  # dropout, where a model has it
         rate = set_rate(optimizers, compute_rate_factor(update, source.num_updates, settings.schedule))
@@ -131,10 +132,17 @@ def fit(
             log.write(line)
             if report is not None:
                 report(line)
-        due = settings.checkpoint_every and progress.update % settings.checkpoint_every == 0
-        if due and not last and source.resumable(progress.update):
+        if not last and _is_due(settings.checkpoint_every, progress, saved) and source.resumable(progress.update):
             save_checkpoint(workdir, model, optimizers, progress)
+            saved = progress.seconds
     return FitResult(source.num_updates, progress.tokens, progress.targets, progress.seconds, progress.counts, line)
+
+
+def _is_due(every: int | None, progress: Progress, saved: float) -> bool:
+    """Whether it is time for a checkpoint; the one before was made at `saved` seconds of the run."""
+    if every is None:
+        return progress.seconds - saved >= CHECKPOINT_SECONDS
+    return every > 0 and progress.update % every == 0
 
 
 def _look_ahead(source: BatchSource, update: int, model: Trained) -> Step | None:

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from polm.config import semantic_values, validate
+from polm.cores import count_cores
 from polm.errors import StoreError, UserError
 from polm.flywheel.graph import Graph, Node
 from polm.flywheel.kinds import AnyRecipe
@@ -110,7 +111,7 @@ def run_graph(plan: Plan, *, workers: int = 0, watch: Watch) -> None:
                 del pending[node_id]
                 watch(Event("skipped", node, len(finished), len(plan.graph), manifest))
         if pending:
-            _run_pending(plan, pending, finished, workers or os.cpu_count() or 1, watch)
+            _run_pending(plan, pending, finished, workers or count_cores(), watch)
         write_run_files(plan)
 
 
@@ -130,6 +131,7 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
                     ready = finished.issuperset(node.inputs.values()) and folder not in busy_folders
                     if ready and len(running) < workers:
                         work = plan.work(node_id)
+                        progress_file(folder).unlink(missing_ok=True)  # of a worker that was killed
                         args = (node.stage, node.settings.model_dump(mode="json"), dict(work.inputs))
                         future = pool.submit(run_node, *args, dict(work.input_keys), str(work.folder))
                         running[future] = node
@@ -139,8 +141,12 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 if interrupted():
                     raise KeyboardInterrupt
-                for future in done:
-                    node = running.pop(future)
+                # First what has an answer of its own: a dead worker takes all futures that have none with it.
+                for future in sorted(done, key=_is_broken):
+                    node = running[future]
+                    if _is_broken(future):
+                        raise BrokenProcessPool
+                    del running[future]
                     busy_folders.discard(plan.folder(node.id))
                     if future.exception() is not None:
                         watch(Event("failed", node, len(finished), len(plan.graph), {}))
@@ -151,9 +157,12 @@ def _run_pending(plan: Plan, pending: dict[str, Node], finished: set[str], worke
                 for node in running.values():
                     line = last_line(progress_file(plan.folder(node.id)))
                     watch(Event("progress", node, len(finished), len(plan.graph), line))
-        except BaseException:
+        except BaseException as error:
+            dead = _describe_dead_worker(running) if isinstance(error, BrokenProcessPool) else None
             _stop_workers(pool)  # first: a pool that is shut down forgets its processes and waits for them
             pool.shutdown(cancel_futures=True)
+            if dead is not None:
+                raise dead from None
             raise
 
 
@@ -172,14 +181,23 @@ def _hold_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _is_broken(future: Future[None]) -> bool:
+    """Whether a worker died before this had a result."""
+    return future.done() and isinstance(future.exception(), BrokenProcessPool)
+
+
+def _describe_dead_worker(running: Mapping[Future[None], Node]) -> StoreError:
+    """The pool does not say whose worker it was and ends the others too: all that ran are named, and none is blamed."""
+    names = ", ".join(node.id for future, node in running.items() if not future.done() or _is_broken(future))
+    return StoreError(
+        f"a worker process died (killed, perhaps for memory) while these ran: {names or 'none'}; run the same command "
+        "again, each goes on from its last checkpoint; with workers=1 fewer stages share the memory"
+    )
+
+
 def _raise_failure(future: Future[None], node: Node, plan: Plan) -> None:
     try:
         future.result()
-    except BrokenProcessPool:
-        raise StoreError(
-            f"the worker that ran {node.id} was killed (out of memory?); run the same command again, it goes on from "
-            "the last checkpoint; with workers=1 fewer stages share the memory"
-        ) from None
     except UserError as error:
         log = plan.folder(node.id) / "log.txt"
         raise type(error)(f"{node.id}: {error}" + (f"\n(log: {log})" if log.is_file() else "")) from error
@@ -214,7 +232,6 @@ def run_node(
 
     work = Work(spec, validate(spec.settings, settings, "the run"), inputs, input_keys, workdir)
     progress = progress_file(workdir)
-    progress.unlink(missing_ok=True)  # of a run that was killed
     try:
         execute(work, Context(workdir, inputs, report=_leave_progress(progress), say=say))
     finally:
@@ -245,7 +262,7 @@ def last_line(path: Path) -> dict[str, Any]:
         with path.open("rb") as handle:
             handle.seek(0, os.SEEK_END)
             handle.seek(max(0, handle.tell() - 8192))
-            lines = handle.read().decode(errors="replace").splitlines()
+            lines = handle.read().decode(errors="replace").split("\n")
     except OSError:
         return {}
     for raw in reversed(lines):

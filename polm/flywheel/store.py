@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ import torch
 from polm import __version__
 from polm.config import Settings, semantic_values
 from polm.data.fingerprint import fingerprint_bytes, fingerprint_path, fingerprint_values, list_files
+from polm.data.readers import write_json
 from polm.engine.checkpoint import list_checkpoints
 from polm.errors import StoreError
 from polm.models.adapters import is_adapter_folder, locate_base
@@ -36,10 +37,12 @@ from polm.models.kernels.build import describe_kernels
 from polm.models.kernels.proof import describe_proofs
 from polm.recipe_data import DataStage, FilesData, FolderData, WordProblemsData
 from polm.recipe_rewards import RewardSettings
-from polm.stages.common import Context, Stage, StageResult, model_folder
+from polm.stages.common import Context, Report, Stage, StageResult, model_folder
 
 MANIFEST = "manifest.json"
 CLAIM = ".key"  # in an unfinished artifact: what it will be
+SPENT = ".seconds"  # in an unfinished artifact: how long it was worked on
+NOTE_SECONDS = 5.0  # between two notes of that
 KEY_LENGTH = 12
 
 
@@ -170,7 +173,7 @@ def execute(work: Work, context: Context) -> dict[str, Any]:
     """Run a stage unless its artifact is there already; returns the manifest.
 
     Raises StoreError when the folder is in use, holds another artifact, or the disk is full. After a kill the same
-    call goes on from what the stage left.
+    call goes on from what the stage left, and the manifest's `seconds` are those of all attempts (see `_Stopwatch`).
     """
     key = work.key
     if is_finished(work.folder):
@@ -181,17 +184,57 @@ def execute(work: Work, context: Context) -> dict[str, Any]:
         _claim(work.folder, key)
         _reset_peak_memory()
         started = datetime.now(UTC)
-        clock = time.perf_counter()
+        watch = _Stopwatch(work.folder)
         try:
-            result = work.stage.run(work.settings, context)
+            result = work.stage.run(work.settings, replace(context, report=watch.noting(context.report)))
         except BaseException as error:
+            watch.note()
             _unclaim(work.folder)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreError(
                     f"the disk is full while writing {work.folder}; free space and run the same command again"
                 ) from error
             raise
-        return write_manifest(work, key, result, started, time.perf_counter() - clock)
+        seconds = watch.note()
+        manifest = write_manifest(work, key, result, started, seconds)
+        (work.folder / SPENT).unlink(missing_ok=True)
+        return manifest
+
+
+class _Stopwatch:
+    """How long a stage has run, over all attempts in its folder: also for what a kill threw away, as that was paid for.
+
+    It is noted in the folder at the end of an attempt and, as a kill gives no warning, with the progress that the stage
+    reports, every NOTE_SECONDS at most. So a kill forgets the time since the last note, and a stage that reports
+    nothing starts from zero.
+    """
+
+    def __init__(self, folder: Path):
+        self._file = folder / SPENT
+        try:
+            before = float(self._file.read_text())
+        except (OSError, ValueError):  # no earlier attempt, or the power failed within a note
+            before = 0.0
+        self._began = time.perf_counter() - before
+        self._noted = -NOTE_SECONDS
+
+    def note(self) -> float:
+        """Write down the seconds so far, and return them. That it cannot be written is no reason to stop a stage."""
+        self._noted = time.perf_counter()
+        seconds = self._noted - self._began
+        with contextlib.suppress(StoreError):
+            write_json(self._file, round(seconds, 3))
+        return seconds
+
+    def noting(self, report: Report) -> Report:
+        """`report`, with a note now and then."""
+
+        def report_and_note(line: Mapping[str, Any]) -> None:
+            report(line)
+            if time.perf_counter() - self._noted >= NOTE_SECONDS:
+                self.note()
+
+        return report_and_note
 
 
 def _claim(folder: Path, key: str) -> None:
@@ -217,8 +260,9 @@ def _claim(folder: Path, key: str) -> None:
 
 def _unclaim(folder: Path) -> None:
     """After a failure that left nothing (a mistake in the inputs), the folder must not stand in the way of the cure."""
-    if [path.name for path in folder.iterdir()] == [CLAIM]:
-        (folder / CLAIM).unlink()
+    if {path.name for path in folder.iterdir()} <= {CLAIM, SPENT}:
+        for path in folder.iterdir():
+            path.unlink()
         folder.rmdir()
 
 

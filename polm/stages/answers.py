@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from polm.data.packing import epoch_order, mix_seed
-from polm.data.readers import Message, Prompt, read_prompts, write_json, write_jsonl
+from polm.data.readers import Message, Prompt, read_back, read_prompts, write_json, write_jsonl
 from polm.recipe import AnswerSettings
 from polm.recipe_judge import ConstitutionStage, JudgeStage
 from polm.rewards.base import Reward, Rewarder, Tally
@@ -21,6 +21,7 @@ from polm.stages.rollouts import describe_problem, judge_completions, load_rewar
 from polm.text.chat import render_prompt
 
 PART_ANSWERS = 2048  # answers drawn and judged at a time; a killed stage draws only the part anew that it was in
+ROW = ("prompt", "answers")  # the columns of a part
 
 
 def choose_prompts(settings: AnswerSettings, context: Context, seed: int) -> list[Prompt]:
@@ -104,10 +105,10 @@ def _draw_part(
 
 
 def _read_part(file: Path, first: int) -> Iterator[Answer]:
-    for number, raw in enumerate(file.read_text(encoding="utf-8").splitlines(), start=first):
-        for row in json.loads(raw)["answers"]:
-            reward = Reward(row["reward"], row["status"], row.get("note", ""))
-            yield Answer(number, row["text"], row["cut_off"], reward)
+    for number, row in enumerate(read_back(file, ROW), start=first):
+        for answer in row["answers"]:
+            reward = Reward(answer["reward"], answer["status"], answer.get("note", ""))
+            yield Answer(number, answer["text"], answer["cut_off"], reward)
 
 
 def _write_tally(file: Path, tally: Tally) -> None:
@@ -132,16 +133,11 @@ def finish_answers(context: Context, tally: Tally) -> None:
     """All parts as one file, answers.jsonl, and what failed beside single answers, problems.jsonl; called when what is
     made of them has been written."""
     parts = sorted(_folder(context).glob("*.jsonl"))
-    write_jsonl(context.workdir / "answers.jsonl", _read_rows(parts))
+    write_jsonl(context.workdir / "answers.jsonl", (row for part in parts for row in read_back(part, ROW)))
     if tally.problems:
         rows = (describe_problem(status, note) for status, note in tally.problems)
         write_jsonl(context.workdir / "problems.jsonl", rows)
     shutil.rmtree(_folder(context))
-
-
-def _read_rows(files: Sequence[Path]) -> Iterator[Mapping[str, Any]]:
-    for file in files:
-        yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
 
 
 def _folder(context: Context) -> Path:

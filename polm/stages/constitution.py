@@ -7,14 +7,13 @@ The other part, preferences by the principles, is `polm judge principles=true`.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from polm.data.packing import epoch_order, mix_seed
-from polm.data.readers import Message, read_prompt_messages, write_jsonl
+from polm.data.readers import Message, read_back, read_prompt_messages, write_jsonl
 from polm.errors import DataError, RecipeError, UserError
 from polm.recipe_judge import BESIDE, ConstitutionStage
 from polm.rewards.backends import Backend, Reply, Request
@@ -88,7 +87,7 @@ def _read_or_answer(settings: ConstitutionStage, context: Context, base: Base, l
     file = context.workdir / "answers.jsonl"
     if not file.is_file():
         write_jsonl(file, _answer(settings, context, base, chosen))
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = list(read_back(file, ("prompt", "answer")))
     drafts = [Draft(i, r["prompt"], r["answer"], r["answer"]) for i, r in enumerate(rows) if r["answer"].strip()]
     ledger["prompts"], ledger["prompts_too_long"] = len(chosen), len(chosen) - len(rows)
     ledger["answers_empty"] = len(rows) - len(drafts)

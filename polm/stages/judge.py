@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from polm.data.packing import epoch_order, mix_seed
 from polm.data.readers import (
     Message,
     is_feedback,
+    read_back,
     read_feedback,
     read_preferences,
     read_prompt_messages,
@@ -130,7 +130,7 @@ def _read_or_sample(settings: JudgeStage, context: Context, ledger: Counter[str]
     is_judge = context.inputs.get("judge") == context.inputs["base"]
     prompts = _draw(read_prompt_messages(input_file(context, "data", "prompts.jsonl")), settings)
     if file.is_file():
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = list(read_back(file, ("prompt", "answers")))
         base = None
     else:
         base = load_base(context.inputs["base"])

@@ -11,6 +11,7 @@ import pytest
 from polm.data.files import read_jsonl, read_rows
 from polm.data.normalise import require_columns
 from polm.data.readers import (
+    read_back,
     read_conversations,
     read_documents,
     read_preferences,
@@ -225,6 +226,32 @@ def test_write_then_read_is_the_same(tmp_path: Path) -> None:
     assert write_jsonl(path, rows) == 2
     assert [row for _, row in read_jsonl(path)] == rows
     assert [entry.name for entry in path.parent.iterdir()] == ["a.jsonl"]
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    """The characters at which str.splitlines cuts, each inside a text."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"a{cut}b"} for cut in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"]
+    write_jsonl(path, rows)
+    assert len(path.read_text(encoding="utf-8").splitlines()) > len(rows)
+    assert list(read_back(path, ["text"])) == rows
+    write_jsonl(path, [])
+    assert list(read_back(path, ["text"])) == []
+
+
+@pytest.mark.parametrize(
+    ("last", "problem"),
+    [
+        ('{"text": "a', r"not valid JSON: Unterminated string.* at column 10"),
+        ("[1]\n", r"expected a JSON object \{\.\.\.\}, found a list"),
+        ('{"texts": "a"}\n', r"no text, found texts"),
+    ],
+)
+def test_a_damaged_file_is_not_read_back(tmp_path: Path, last: str, problem: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + last)
+    with pytest.raises(StoreError, match=rf"a\.jsonl:2: {problem}: the file is damaged .*remove it and run the same"):
+        list(read_back(path, ["text"]))
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("polm.engine.device.count_cores", lambda: 6)
     assert [set_threads(n) for n in (1, 3, 0)] == [1, 3, 6] == chosen
     assert torch.get_num_threads() == before
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,8 +190,28 @@ def test_dropout_is_drawn_anew_from_seed_and_update(tmp_path: Path) -> None:
     assert run(tmp_path / "other", 0, seed=4)[0] != whole[0]  # the same batch, other dropout
 
 
-def test_without_checkpoints_it_starts_again(build_tiny: Build, tmp_path: Path) -> None:
+def test_without_a_number_it_is_saved_by_the_clock(
+    build_tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One checkpoint as soon as the last is old enough, counted from the last and over a restart; the bits stay."""
     settings = build_settings()
+    assert settings.checkpoint_every is None
+    whole = train(build_tiny, tmp_path / "whole", settings)  # far from ten minutes: no checkpoint
+    clock = itertools.count(step=4.0)  # read once as the loop begins and once an update
+    monkeypatch.setattr("polm.engine.fit.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("polm.engine.fit.CHECKPOINT_SECONDS", 10.0)
+    with pytest.raises(Stopped):
+        train(build_tiny, tmp_path / "parts", settings, stop_after=6)
+    assert [p.name[-8:] for p in list_checkpoints(tmp_path / "parts")] == ["00000003"]
+    with pytest.raises(Stopped):
+        train(build_tiny, tmp_path / "parts", settings, stop_after=4)  # updates 4 to 7; the next is due after 6
+    assert [p.name[-8:] for p in list_checkpoints(tmp_path / "parts")] == ["00000006"]
+    parts = train(build_tiny, tmp_path / "parts", settings)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_without_checkpoints_it_starts_again(build_tiny: Build, tmp_path: Path) -> None:
+    settings = build_settings(checkpoint_every=0)
     with pytest.raises(Stopped):
         train(build_tiny, tmp_path, settings, stop_after=5)
     assert list_checkpoints(tmp_path) == []

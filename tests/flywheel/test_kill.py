@@ -156,6 +156,20 @@ def test_the_checkpoints_are_of_use(artifact: Any, start_child: Any, tmp_path: P
     assert seen == [10, 11, 12]
 
 
+def test_the_seconds_before_a_kill_count(artifact: Any, start_child: Any, tmp_path: Path) -> None:
+    order = order_of(artifact, "pretrain", 3, tmp_path / "out")
+    child = start_child(stage=order, die=("in a line of the log", 5))
+    child.join(120)
+    assert child.exitcode == -9
+    note = tmp_path / "out" / ".seconds"
+    assert float(note.read_text()) > 0
+    note.write_text("1000.0\n")  # as if it had taken long
+    again = start_child(stage=order)
+    again.join(120)
+    assert 1000 < json.loads((tmp_path / "out" / "manifest.json").read_text())["seconds"] < 1120
+    assert not note.exists()
+
+
 def test_what_a_kill_left_is_not_mixed_with_other_settings(artifact: Any, start_child: Any, tmp_path: Path) -> None:
     from polm.errors import StoreError
 

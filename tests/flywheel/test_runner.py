@@ -8,6 +8,8 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import pytest
 import yaml
 
 from polm.config import validate
-from polm.errors import StoreError
+from polm.errors import DataError, StoreError, UserError
+from polm.flywheel import runner
 from polm.flywheel.graph import build_graph
-from polm.flywheel.runner import Event, Plan, build_plan, last_line, run_graph
+from polm.flywheel.runner import Event, Plan, build_plan, last_line, progress_file, run_graph
 from polm.flywheel.store import execute, is_finished, read_manifest
 from polm.recipe import Recipe
 from polm.stages.common import Context
@@ -297,8 +300,97 @@ def test_a_killed_worker_is_told(start_child: Any, tmp_path: Path) -> None:
         os.kill(worker, signal.SIGKILL)
     child.join(30)
     told = json.loads((tmp_path / "report.json").read_text())
-    assert re.search(r"StoreError: the worker that ran s0/c0/ntp/\w+ was killed \(out of memory\?\)", told["error"])
+    found = re.search(
+        r"StoreError: a worker process died \(killed, perhaps for memory\) while these ran: (.*);", told["error"]
+    )
+    assert found
+    assert "s0/c0/ntp/sft" in found[1].partition(";")[0].split(", ")
     assert "run the same command again" in told["error"]
+    assert not any(kind == "failed" for kind, _ in told["events"])
+
+
+class Pool:
+    """In place of the pool: each order gets the next of these futures; without one the pool is found broken."""
+
+    def __init__(self, *futures: Future[None]):
+        self.futures = list(futures)
+
+    def __call__(self, *_: Any, **__: Any) -> Pool:
+        return self
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, *_: Any) -> Future[None]:
+        if not self.futures:
+            raise BrokenProcessPool("a process died")
+        return self.futures.pop(0)
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+
+def answer(error: Exception | None) -> Future[None]:
+    future: Future[None] = Future()
+    if error is not None:
+        future.set_exception(error)
+    return future
+
+
+DEAD = BrokenProcessPool("a process died")
+HANGS = None
+
+
+@pytest.mark.parametrize(
+    ("errors", "message", "failed"),
+    [
+        # The pool ends one future after another: the second may not have been reached yet.
+        ([DEAD, HANGS], "a worker process died .* while these ran: s0/data, s1/data; run", []),
+        ([HANGS, DEAD], "a worker process died .* while these ran: s0/data, s1/data; run", []),
+        ([DEAD, DEAD], "a worker process died .* while these ran: s0/data, s1/data; run", []),
+        ([HANGS], "a worker process died .* while these ran: s0/data; run", []),  # noticed as the second is started
+        ([], "a worker process died .* while these ran: none; run", []),
+        # A failure that says what it is goes first.
+        ([DEAD, DataError("no such file")], "^s1/data: no such file", ["s1/data"]),
+    ],
+)
+def test_a_dead_worker_is_blamed_on_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[Exception | None], message: str, failed: list[str]
+) -> None:
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool(*map(answer, errors)))
+    events: list[Event] = []
+    with pytest.raises(UserError, match=message):
+        run_graph(plan_of(tmp_path / "run"), workers=2, watch=events.append)
+    assert [event.node.id for event in events if event.kind == "failed"] == failed
+
+
+def test_progress_of_a_killed_worker_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone before the next worker has started, which takes seconds."""
+    plan = plan_of(tmp_path / "run")
+    stale = progress_file(plan.folder("s0/data"))
+    stale.parent.mkdir(parents=True)
+    stale.write_text('{"update": 7, "num_updates": 9}\n')
+    pool = Pool(answer(HANGS), answer(HANGS))
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    events: list[Event] = []
+
+    def watch(event: Event) -> None:
+        events.append(event)
+        if event.kind == "progress":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_graph(plan, workers=2, watch=watch)
+    assert [(event.kind, event.node.id, dict(event.line)) for event in events] == [
+        ("started", "s0/data", {}),
+        ("started", "s1/data", {}),
+        ("progress", "s0/data", {}),
+    ]
+    assert not stale.exists()
 
 
 def test_the_last_line_of_a_log(tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from polm.data.fingerprint import fingerprint_bytes
 from polm.errors import DataError, StoreError
+from polm.flywheel import store
 from polm.flywheel.store import (
     Work,
     check_artifact,
@@ -150,10 +153,63 @@ def test_a_failed_stage_goes_on_in_its_folder(tmp_path: Path) -> None:
     assert is_finished(tmp_path / "out")
 
 
+def test_seconds_are_those_of_all_attempts(tmp_path: Path) -> None:
+    """A failed attempt notes its time; what lies between attempts is not counted."""
+    note = tmp_path / "out" / ".seconds"
+
+    def fail(settings: Any, context: Context) -> StageResult:
+        write_file(settings, context)
+        time.sleep(0.1)
+        raise RuntimeError("boom")
+
+    for attempt in (1, 2):
+        with pytest.raises(RuntimeError, match="boom"):
+            go(build_work(tmp_path / "out", fail))
+        assert 0.1 * attempt <= float(note.read_text()) < 0.1 * attempt + 60
+    note.write_text("1000.0\n")
+    manifest = go(build_work(tmp_path / "out", write_file))
+    assert 1000 <= manifest["seconds"] < 1060
+    assert not note.exists()
+    assert sorted(manifest["files"]) == ["sub/a.txt"]
+
+
+def test_a_kill_leaves_the_seconds_that_progress_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process notes nothing more; at most every NOTE_SECONDS does the progress before it."""
+    now = 7.0
+    monkeypatch.setattr(store, "time", SimpleNamespace(perf_counter=lambda: now))
+    note = tmp_path / "out" / ".seconds"
+    seen: list[float] = []
+    told: list[Any] = []
+
+    def run(settings: Any, context: Context) -> StageResult:
+        nonlocal now
+        for update in range(3):
+            now += 0.6 * store.NOTE_SECONDS
+            context.report({"update": update})
+            seen.append(float(note.read_text()) / store.NOTE_SECONDS)
+        return write_file(settings, context)
+
+    work = build_work(tmp_path / "out", run)
+    manifest = execute(work, Context(work.folder, {}, report=told.append))
+    assert told == [{"update": update} for update in range(3)]
+    assert seen == pytest.approx([0.6, 0.6, 1.8])
+    assert manifest["seconds"] == pytest.approx(1.8 * store.NOTE_SECONDS)
+
+
+@pytest.mark.parametrize("content", ["", "who knows\n"])
+def test_a_note_that_cannot_be_read_is_no_note(tmp_path: Path, content: str) -> None:
+    work = build_work(tmp_path / "out", write_file)
+    work.folder.mkdir()
+    (work.folder / ".key").write_text(work.key)
+    (work.folder / ".seconds").write_text(content)
+    assert go(work)["seconds"] < 60
+
+
 def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
     """Corrected inputs make another key; the folder of the first try must not stand in the way."""
 
-    def refuse(*_: Any) -> StageResult:
+    def refuse(_: Any, context: Context) -> StageResult:
+        context.report({"update": 0})
         raise DataError("no such file")
 
     with pytest.raises(DataError):

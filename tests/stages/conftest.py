@@ -24,7 +24,7 @@ def read_manifest() -> Callable[[Path], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def read_rows() -> Callable[[Path], list[dict[str, Any]]]:
     """The rows of a JSON lines file."""
-    return lambda path: [json.loads(raw) for raw in path.read_text(encoding="utf-8").splitlines()]
+    return lambda path: [json.loads(raw) for raw in path.read_text(encoding="utf-8").split("\n") if raw]
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from polm.errors import DataError, RecipeError, UserError
 from polm.recipe import SFTSettings
 from polm.recipe_judge import ConstitutionStage, JudgeStage
 from polm.rewards.constitution import load_constitution
+from polm.stages import constitution
 
 FAST = {"first_wait_seconds": 0.005, "retries": 1, "timeout_seconds": 20.0}
 SMALL: dict[str, Any] = {"num_prompts": 8, "max_new_tokens": 8, "max_critique_tokens": 6, "precision": "fp32"}
@@ -178,6 +179,18 @@ def test_a_killed_stage_goes_on(artifact: Any, chat_server: Any, tmp_path: Path)
     assert len(again.bodies) == 16 - kept
     for name in ("sft.jsonl", "transcript.jsonl", "answers.jsonl"):
         assert (tmp_path / "cut" / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
+
+
+def test_answers_may_hold_any_character(
+    artifact: Any, chat_server: Any, read_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """answers.jsonl is cut at \\n alone."""
+    text = "a\x85b\u2028c\u2029d"
+    monkeypatch.setattr(
+        constitution, "answer_messages", lambda _s, _c, _b, prompts, **_: [(messages, [text]) for messages in prompts]
+    )
+    artifact.run("constitution", build(chat_server(critic)), inputs_of(artifact), tmp_path / "out")
+    assert [row["answer"] for row in read_rows(tmp_path / "out" / "transcript.jsonl")] == [text] * 8
 
 
 def test_failures(artifact: Any, chat_server: Any, tmp_path: Path) -> None:

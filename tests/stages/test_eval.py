@@ -62,6 +62,10 @@ def test_results_are_a_recount_of_the_items(judged: Path, read_rows: Any, read_m
             means[key].append(found[key])
     for key, values in means.items():
         assert results["mean"][key] == pytest.approx(np.mean(values))
+    summary = read_manifest(judged)["summary"]
+    assert set(summary) == {f"mean/{name}" for name in ("greedy", "pass@1", "pass@2", "pass@3", "nll")}
+    assert summary["mean/pass@3"] == results["mean"]["pass@k"]["3"]
+    assert summary["mean/pass@1"] == results["mean"]["pass@1"]
     for row in rows:
         assert row["greedy_correct"] == int(row["greedy_status"] == "right")
         assert len(row["samples_correct"]) == len(row["samples_text"]) == 3
@@ -74,7 +78,8 @@ def test_results_are_a_recount_of_the_items(judged: Path, read_rows: Any, read_m
 def test_likelihoods_against_the_plain_model(artifact: Any, tmp_path: Path, read_rows: Any, form: str) -> None:
     """The summed negative log-likelihood of each solution, from an ordinary forward pass over its text."""
     settings = EvalSettings(format=form, samples=0, max_new_tokens=1, precision="fp32")  # type: ignore[arg-type]
-    artifact.run("eval", settings, artifact.inputs("eval"), tmp_path / "out")
+    manifest = artifact.run("eval", settings, artifact.inputs("eval"), tmp_path / "out")
+    assert set(manifest["summary"]) == {"mean/greedy", "mean/nll"}  # nothing was sampled
     model = load_model(artifact("grpo") / "model").eval()
     model.set_attn_implementation("sdpa")
     tokenizer = load_tokenizer(artifact("grpo") / "model")

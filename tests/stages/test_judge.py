@@ -12,11 +12,12 @@ import pytest
 
 from polm.config import find_recipe, load_settings, recipe_folder, validate
 from polm.data.readers import read_feedback, read_preferences, read_prompt_messages, write_jsonl
-from polm.errors import DataError, RecipeError, UserError
+from polm.errors import DataError, RecipeError, StoreError, UserError
 from polm.evals.statistics import compute_wilson_interval
 from polm.models.loading import save_model
 from polm.recipe import ModelShape, OptimizerSettings, SFTSettings
 from polm.recipe_judge import JudgeSettings, JudgeStage
+from polm.stages import judge
 
 FAST = {"first_wait_seconds": 0.005, "retries": 1, "timeout_seconds": 20.0}
 SHORT = {"pair_prompt": "{question}|{answer_a}|{answer_b}", "score_prompt": "{question}|{answer}"}
@@ -292,6 +293,30 @@ def test_a_killed_stage_keeps_its_samples(artifact: Any, chat_server: Any, tmp_p
     assert (tmp_path / "out" / "samples.jsonl").stat().st_mtime_ns == marker
     assert len(server.bodies) - before == 2 * manifest["ledger"]["pairs"] - kept
     assert manifest["summary"]["pairs"] == manifest["ledger"]["preferred"]
+
+
+def test_samples_may_hold_any_character(
+    artifact: Any, chat_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that goes on cuts samples.jsonl at \\n alone; a line that is torn is said with its cure."""
+    texts = ["short\u2028", "the longer one\x85\u2029"]
+    monkeypatch.setattr(
+        judge, "answer_messages", lambda _s, _c, _b, prompts, **_: [(messages, texts) for messages in prompts]
+    )
+    inputs = {"data": str(artifact("data")), "base": str(artifact("sft"))}
+    down = JudgeStage(judging=judged_by(chat_server(lambda *_: (401, {}, b"no"))), **SAMPLE)
+    with pytest.raises(UserError, match="refuses the model"):
+        artifact.run("judge", down, inputs, tmp_path / "out")
+    file = tmp_path / "out" / "samples.jsonl"
+    content = file.read_bytes()
+    # The same settings but for where the judge is, which no key depends on.
+    up = JudgeStage(judging=judged_by(chat_server(prefer_longer)), **SAMPLE)
+    file.write_bytes(content[:-9])
+    with pytest.raises(StoreError, match=r"samples\.jsonl:\d+: not valid JSON.*remove it and run the same command"):
+        artifact.run("judge", up, inputs, tmp_path / "out")
+    file.write_bytes(content)
+    artifact.run("judge", up, inputs, tmp_path / "out")
+    assert {pair.chosen for pair in read_preferences(tmp_path / "out" / "preferences.jsonl")} == {texts[1]}
 
 
 # ---- a local judge -------------------------------------------------------------------------------------------------

@@ -122,6 +122,11 @@ def test_rho1_is_nought_or_one(artifact: Any, tmp_path: Path) -> None:
     assert tables["mean_weight"] == pytest.approx(0.25, abs=1e-3)
 
 
+def test_the_tables_say_whose_weights_are_shuffled(artifact: Any, tmp_path: Path) -> None:
+    _, tables, _ = look(artifact, tmp_path / "out", weighting="shuffled", shuffles="plausible")
+    assert (tables["weighting"], tables["shuffles"]) == ("shuffled", "plausible")
+
+
 def test_tables_add_up(artifact: Any, tmp_path: Path) -> None:
     _, tables, manifest = look(artifact, tmp_path / "out")
     documents = json.loads((artifact("data") / "summary.json").read_text())["files"]["midtrain.jsonl"]["num_records"]

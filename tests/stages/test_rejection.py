@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_a_killed_stage_goes_on(artifact: Any, tmp_path: Path, monkeypatch: pyte
     assert read_files(tmp_path / "parts") == read_files(tmp_path / "whole")
     assert done[-1] == (64, 64)
     assert min(done)[0] > 32  # progress goes on from the parts that were there
+
+
+def test_an_answer_may_hold_any_character(
+    artifact: Any, read_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are cut at \\n alone."""
+    said = {"text": "a\x85b\u2028c\u2029d", "finish": "stop"}
+    draw = answers.sample_answers
+    monkeypatch.setattr(answers, "sample_answers", lambda *a, **k: [replace(c, **said) for c in draw(*a, **k)])
+    monkeypatch.setattr(sources, "verify_many", lambda items, **_: [Verdict("right", "") for _ in items])
+    inputs, settings = artifact.inputs("rejection"), artifact.spec("rejection")[1]
+    rejection.run(settings, Context(tmp_path, inputs, say=lambda _: None))
+    found = [answer["text"] for row in read_rows(tmp_path / "answers.jsonl") for answer in row["answers"]]
+    assert found == [said["text"]] * 64
 
 
 def test_what_was_not_judged_is_counted_by_status(
