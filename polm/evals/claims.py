@@ -64,7 +64,8 @@ def build_claim(
     """An entry of result.json from one paired difference (arm minus control) a seed, in the unit named in `metric`.
 
     It holds if the 95 % t interval over the seeds lies on the side that the claim says: "higher" above zero, "lower"
-    below, "either" on one of the two. Raises DataError for less than two seeds and for numbers that are not finite.
+    below, "either" on one of the two. Equal differences show no spread, so with them nothing holds. Raises DataError
+    for less than two seeds and for numbers that are not finite.
     """
     if len(differences) < 2:
         raise DataError(
@@ -74,7 +75,8 @@ def build_claim(
         spread, interval = compute_mean_stderr(differences), compute_t_interval(differences)
     except DataError as error:
         raise DataError(f"the claim {claim!r}: {error}") from error
-    above, below = interval.low95 > 0, interval.high95 < 0
+    above = interval.excludes_zero and interval.low95 > 0
+    below = interval.excludes_zero and interval.high95 < 0
     return {
         "claim": claim,
         "metric": metric,

@@ -38,9 +38,14 @@ class Interval:
     high95: float
 
     @property
+    def has_width(self) -> bool:
+        """False where the bounds meet (but for rounding): equal values say nothing about their spread."""
+        return not math.isclose(self.low95, self.high95, rel_tol=1e-9, abs_tol=1e-12)
+
+    @property
     def excludes_zero(self) -> bool:
-        """True only if both bounds exist and lie on the same side of zero."""
-        return self.low95 > 0 or self.high95 < 0
+        """True only if both bounds exist, lie on the same side of zero, and come from values that differ."""
+        return self.has_width and (self.low95 > 0 or self.high95 < 0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -146,6 +146,12 @@ def describe_point(point: str) -> str:
     return POINTS.get(point, f"at {point}")
 
 
+def describe_seeds(counts: Collection[int]) -> str:
+    """How many seeds there are behind each of several numbers: "3 seeds", or "1 to 3 seeds" where they differ."""
+    low, high = min(counts), max(counts)
+    return f"{high} seed{'s' * (high > 1)}" if low == high else f"{low} to {high} seeds"
+
+
 def start_sentence(text: str) -> str:
     """`text` with a capital first letter and the rest as it is, abbreviations included."""
     return text[:1].upper() + text[1:]
@@ -235,18 +241,30 @@ def _compute_seed_score(
 def compute_score(
     scores: Mapping[int, float], values: Mapping[int, ItemValues], benchmarks: Sequence[str], metric: str
 ) -> Estimate:
-    """Mean over seeds with a t interval; for one seed the interval over items (Wilson for right or wrong)."""
-    if len(scores) > 1:
-        over_seeds = compute_t_interval(list(scores.values()))
-        return Estimate(over_seeds.mean_difference, over_seeds.low95, over_seeds.high95)
-    (seed, score), *_ = scores.items()
-    strata = [list(values[seed].get(benchmark, {}).values()) for benchmark in benchmarks]
+    """Mean over seeds with a t interval; for one seed the interval over items.
+
+    Seeds that are all equal show no spread: they get the interval over the items of all of them. That is a bootstrap,
+    or Wilson's where items are right or wrong and there is one benchmark, or all items of each are equal. No bound of
+    an accuracy lies outside of 0..1.
+    """
+    over_seeds = compute_t_interval(list(scores.values()))
+    score, low, high = over_seeds.mean_difference, over_seeds.low95, over_seeds.high95
+    if len(scores) > 1 and over_seeds.has_width:
+        return Estimate(score, low, high) if metric == "nll" else Estimate(score, max(0.0, low), min(1.0, high))
+    strata = [[v for seed in scores for v in values[seed].get(name, {}).values()] for name in benchmarks]
     if metric == "nll" or not all(strata):
         return Estimate(score, math.nan, math.nan)
-    if len(strata) == 1 and set(strata[0]) <= {0.0, 1.0}:
-        return compute_wilson_interval(round(sum(strata[0])), len(strata[0]))
-    interval = compute_stratified_bootstrap(strata, num_resamples=NUM_RESAMPLES)
-    return Estimate(score, interval.low95, interval.high95)
+    is_right_or_wrong = set().union(*strata) <= {0.0, 1.0}
+    if len(strata) > 1 or not is_right_or_wrong:
+        over_items = compute_stratified_bootstrap(strata, num_resamples=NUM_RESAMPLES)
+        if over_items.has_width:
+            return Estimate(score, over_items.low95, over_items.high95)
+    if not is_right_or_wrong:
+        return Estimate(score, math.nan, math.nan)
+    # Benchmarks weigh alike, so a small one leaves the average as uncertain as if all of them had fewer items.
+    num_items = round(len(strata) ** 2 / sum(1 / len(items) for items in strata))
+    wilson = compute_wilson_interval(round(score * num_items), num_items)
+    return Estimate(score, wilson.low95, wilson.high95)
 
 
 def compute_comparison(
@@ -373,10 +391,11 @@ def describe_row(row: Row) -> str:
     )
     if not math.isfinite(comparison.interval.low95):
         return text + "No interval can be given, so nothing follows from it."
-    if comparison.basis == "items":
-        if comparison.interval.excludes_zero:
-            return text + "Among these items the two models differ, but another seed may turn the sign."
-        return text + "No difference was shown: the interval includes zero."
+    interval = comparison.interval
+    if comparison.basis == "items" and interval.excludes_zero:
+        return text + "Among these items the two models differ, but another seed may turn the sign."
+    if not interval.has_width and interval.mean_difference:
+        return text + "No difference was shown: equal differences say nothing about their spread."
     if row.verdict == "undecided":
         return text + "No difference was shown: the interval includes zero."
     return text + f"The arm is {row.verdict} than the control."

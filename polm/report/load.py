@@ -125,7 +125,10 @@ class TokenMean:
 
 @dataclass(frozen=True)
 class TokenTables:
-    """tokens.json: what is lifted and damped over the sample; `histogram` counts weights in bins over [0, 2]."""
+    """tokens.json: what is lifted and damped over the sample; `histogram` counts weights in bins over [0, 2].
+
+    `shuffles` says whose weights `shuffled` deals out; files of the stage's first version do not.
+    """
 
     weighting: str
     eps: float
@@ -138,6 +141,7 @@ class TokenTables:
     damped: list[TokenMean]
     sources: list[TokenMean]
     histogram: list[int]
+    shuffles: str = "remit"
 
 
 @dataclass(frozen=True)

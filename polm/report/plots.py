@@ -91,10 +91,16 @@ def build_colour(series: int) -> str:
     return f"var(--series-{index}, {PALETTE[index]})"
 
 
+def _is_constant(low: float, high: float) -> bool:
+    """Whether rounding alone may tell the two apart: the mean of equal numbers can be off in its last digits, and
+    ticks so close together would be one."""
+    return high - low <= 1e-9 * max(abs(low), abs(high))
+
+
 def compute_ticks(low: float, high: float, *, num_ticks: int = 5) -> tuple[float, ...]:
     """About `num_ticks` round numbers (1, 2 or 5 times a power of ten) that cover `low..high`, both ends included."""
-    if not low < high:
-        low, high = (low - abs(low) * 0.1, low + abs(low) * 0.1) if low else (0.0, 1.0)
+    if _is_constant(low, high):
+        low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
     rough = (high - low) / max(1, num_ticks - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.75)
@@ -126,8 +132,9 @@ def _build_tight_scale(values: Sequence[float], start: float, end: float) -> Sca
     """For the x axis of curves: the axis ends where the data end, the ticks lie inside."""
     shown = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(shown), max(shown)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    if _is_constant(low, high):
+        margin = max(0.5, 1e-6 * abs(high))
+        low, high = low - margin, high + margin
     ticks = tuple(tick for tick in compute_ticks(low, high) if low <= tick <= high)
     return Scale(low, high, start, end, ticks)
 

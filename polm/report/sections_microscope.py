@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from polm.recipe import is_plausible
 from polm.report.compare import compute_arm, compute_rows, get_lead_arm
 from polm.report.escape import clean_text, esc
 from polm.report.load import Microscope, Node, Run, ScopedText, TokenMean, TokenTables
@@ -46,11 +47,16 @@ def choose_nodes(run: Run) -> list[Node]:
 
 
 def compute_level(delta: float, weight: float | None, tables: TokenTables) -> int:
-    """-3 (damped) to 3 (lifted). A weight counts against the farthest it may go from 1; a bare delta against 3 nats."""
+    """-3 (damped) to 3 (lifted). A weight counts against the farthest it may go from 1; a bare delta against 3 nats.
+
+    ReMiT's go to 1 ± eps, those of `plausible` down to 0 and never above 1.
+    """
     if weight is None:
         effect = delta / 3.0
     elif tables.weighting == "rho1":
         effect = 0.5 if weight else -1.0
+    elif is_plausible(tables.weighting, tables.shuffles):
+        effect = weight - 1.0
     else:
         effect = (weight - 1.0) / (tables.eps or 1.0)
     level = sum(abs(effect) >= limit for limit in LEVELS)
@@ -141,9 +147,10 @@ def _build_token_table(rows: Sequence[TokenMean], caption: str) -> str:
 
 def _build_tables(run: Run, node: Node, tables: TokenTables) -> str:
     by = "mean delta" if tables.mean_weight is None else "mean weight"
+    highest = "least damped" if is_plausible(tables.weighting, tables.shuffles) else "most lifted"
     pair = build_grid(
         [
-            _build_token_table(tables.lifted, f"most lifted, by {by}"),
+            _build_token_table(tables.lifted, f"{highest}, by {by}"),
             _build_token_table(tables.damped, f"most damped, by {by}"),
         ]
     )
@@ -166,6 +173,9 @@ def _build_histogram(run: Run, node: Node, tables: TokenTables) -> str:
     edges = compute_histogram_edges(*WEIGHT_RANGE, len(tables.histogram))
     total = sum(tables.histogram)
     series = compute_arm_styles(run).get(compute_arm(node), (5, 0))[0]
+    at_one, at_ends = "says nothing new", "piled up at both ends: they are clipped"
+    if is_plausible(tables.weighting, tables.shuffles):
+        at_one, at_ends = "would have written every token", "near nought: it was sure of other tokens"
     bars = [
         Bar(f"{edges[i]:.3g} to {edges[i + 1]:.3g}", count / total, series) for i, count in enumerate(tables.histogram)
     ]
@@ -176,16 +186,20 @@ def _build_histogram(run: Run, node: Node, tables: TokenTables) -> str:
         y_label="share of tokens",
         edges=edges,
         how_to_read=(
-            "Where the weights of the sample lie before mid-training. All near one: the reference says nothing new; "
-            "piled up at both ends: they are clipped."
+            f"Where the weights of the sample lie before mid-training. All near one: the reference {at_one}; {at_ends}."
         ),
     )
 
 
 def _describe_weighting(tables: TokenTables) -> str:
+    whose = "the weights of plausible" if is_plausible(tables.weighting, tables.shuffles) else "ReMiT's weights"
     words = {
         "remit": f"w is ReMiT's weight, clipped to 1 ± {tables.eps:g}.",
-        "shuffled": "The control: ReMiT's weights, dealt out to the tokens at random, so their places mean nothing.",
+        "plausible": (
+            "w is 1 where the token is the reference's own best, and falls as the token is less likely than that one, "
+            "down to 0: a token is damped or left as it is, never lifted, and delta plays no part in it."
+        ),
+        "shuffled": f"The control: {whose}, dealt out to the tokens at random, so their places mean nothing.",
         "rho1": "w is 1 where the loss keeps the token and 0 where it leaves it out.",
         "distill": "Distillation weights no token: the shades show delta (three shades: 0.3, 1 and 2 nats).",
     }

@@ -16,6 +16,7 @@ from polm.report.compare import (
     compute_rows,
     describe_point,
     describe_row,
+    describe_seeds,
     format_interval,
     format_number,
     get_lead_arm,
@@ -154,11 +155,14 @@ def _build_marks(run: Run, rows: Rows, point: str, metric: str) -> list[Interval
     return marks
 
 
-def _describe_bases(rows: Rows) -> str:
-    bases = {row.comparison.basis for row in rows.rows if row.comparison is not None}
-    if bases == {"seeds"}:
-        return ""
-    return "Over items only: one seed proves nothing about training noise."
+def _describe_bases(rows: Rows, point: str, metric: str) -> str:
+    """What a plot's intervals rest on, where that is not the same number of seeds, more than one, for each row."""
+    found = [rows.get(point, arm, None, metric) for arm in rows.arms]
+    counts = [len(row.comparison.differences_by_seed) for row in found if row and row.comparison]
+    if min(counts) > 1:
+        return "" if min(counts) == max(counts) else f"Over {describe_seeds(counts)}."
+    where = "Over items only" if max(counts) == 1 else f"Over {describe_seeds(counts)}, with one seed over items only"
+    return f"{where}: one seed proves nothing about training noise."
 
 
 def _build_difference_plots(run: Run, rows: Rows, wanted: list[tuple[str, str]]) -> str:
@@ -175,7 +179,8 @@ def _build_difference_plots(run: Run, rows: Rows, wanted: list[tuple[str, str]])
                     how_to_read=(
                         "A row is an arm's average over benchmarks minus the control's, with its 95 % interval; "
                         "touching the dashed line means that no difference is shown. "
-                        f"{'Right' if kind.higher_is_better else 'Left'} is better. {_describe_bases(rows)}"
+                        f"{'Right' if kind.higher_is_better else 'Left'} is better. "
+                        f"{_describe_bases(rows, point, metric)}"
                     ),
                 )
             )
@@ -329,9 +334,11 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
     styles = compute_arm_styles(run)
     scale = METRICS[metric].scale
     lines = []
+    counts: set[int] = set()
     for arm in rows.arms:
         found = [(index, rows.get(point, arm, None, metric)) for index, point in enumerate(rows.points)]
         there = [(float(index), row.score) for index, row in found if row is not None]
+        counts |= {row.num_seeds for _, row in found if row is not None}
         if there:
             series, dash = styles.get(arm, (5, 0))
             lines.append(
@@ -347,9 +354,11 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
             )
     if not lines:
         return ""
-    basis = "seeds" if len(run.seeds) > 1 else "items"
+    one, several = ("item", "items") if max(counts) == 1 else ("seed", describe_seeds(counts))
+    if min(counts) == 1 < max(counts):
+        several += " (with one seed over items)"
     together = (
-        f" Scores of two arms move together from one of the {basis} to the next, so bars may overlap although the "
+        f" Scores of two arms move together from one {one} to the next, so bars may overlap although the "
         "arms differ: that is what the paired differences below are for."
     )
     return build_line_plot(
@@ -359,7 +368,7 @@ def _build_pipeline_plot(run: Run, rows: Rows, metric: str) -> str:
         y_label=f"average over benchmarks, {METRICS[metric].unit}",
         x_names=rows.points,
         how_to_read=(
-            f"Each line follows one arm from base model to RL; bars are 95 % intervals over {basis} of the score."
+            f"Each line follows one arm from base model to RL; bars are 95 % intervals of the score over {several}."
             + (together if len(lines) > 1 else "")
         ),
     )
@@ -399,7 +408,8 @@ def _build_point(run: Run, rows: Rows, point: str) -> str:
 
 def _describe_marks(run: Run, rows: Rows) -> str:
     """How to read the tables, by what is there to be compared."""
-    boot = f" The bootstrap draws {NUM_RESAMPLES} times." if len(run.seeds) <= 1 else ""
+    over_items = any(row.num_seeds == 1 or (row.comparison and row.comparison.basis == "items") for row in rows.rows)
+    boot = f" The bootstrap draws {NUM_RESAMPLES} times." if over_items else ""
     if not any(row.comparison is not None for row in rows.rows):
         missing = " The control has not been evaluated yet." if has_control(run) and CONTROL not in rows.arms else ""
         return f"Small print below a score is its own 95 % interval.{boot}{missing}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polm.report.annealing import Crossing, compute_crossing, describe_crossing
-from polm.report.compare import CONTROL, CONTROL_NAME, Arm, compute_arm
+from polm.report.compare import CONTROL, CONTROL_NAME, Arm, compute_arm, describe_seeds
 from polm.report.escape import esc
 from polm.report.load import Metrics, Node, Run
 from polm.report.made import ROLLOUT_STAGES
@@ -135,7 +135,8 @@ def _build_lines(run: Run, name: str, x_name: str, logs: dict[Arm, list[Sequence
     """One line an arm, and the words that say what lines and bands are."""
     styles = compute_arm_styles(run)
     with_bands = len(logs) <= MAX_BANDS
-    lines, num_seeds = [], 0
+    lines: list[Line] = []
+    counts: list[int] = []
     for arm, of_seeds in logs.items():
         curve = compute_curve(of_seeds, name, x_name)
         if curve is None:
@@ -143,10 +144,11 @@ def _build_lines(run: Run, name: str, x_name: str, logs: dict[Arm, list[Sequence
         series, dash = styles.get(arm, (5, 0))
         band = (curve.low, curve.high) if with_bands and curve.num_seeds > 1 else (None, None)
         lines.append(Line(arm.label, curve.x, curve.mean, series, dash, *band))
-        num_seeds = max(num_seeds, curve.num_seeds)
-    if num_seeds <= 1:
+        counts.append(curve.num_seeds)
+    if max(counts, default=1) == 1:
         return lines, ""
-    return lines, f" Lines are means over {num_seeds} seeds{', bands their full range' if with_bands else ''}."
+    bands = ", bands their full range" if with_bands else ""
+    return lines, f" Lines are means over {describe_seeds(counts)}{bands}."
 
 
 def build_crossings(by_arm: dict[Arm, list[Node]]) -> dict[Arm, Crossing]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from polm.data.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark, read_benchmark_folder
 from polm.data.readers import write_json, write_jsonl
@@ -28,12 +30,18 @@ def run(settings: EvalSettings, context: Context) -> StageResult:
     write_jsonl(context.workdir / "items.jsonl", rows)
     results = summarise(rows, settings)
     write_json(context.workdir / "results.json", results)
-    mean = {f"mean/{name}": value for name, value in results["mean"].items()}
     statuses = {
         f"greedy_{status}": sum(r["greedy_status"] == status for r in rows)
         for status in ("right", "wrong", "unparsed", "timeout", "error")
     }
-    return StageResult(mean, {"items": len(rows), **statuses})
+    return StageResult(flatten_mean(results["mean"]), {"items": len(rows), **statuses})
+
+
+def flatten_mean(mean: Mapping[str, Any]) -> dict[str, float]:
+    """The means of results.json as flat numbers, pass@k by its k; what was not measured stays out."""
+    by_k = {f"mean/pass@{k}": value for k, value in mean["pass@k"].items()}
+    flat = {f"mean/{name}": value for name, value in mean.items() if name != "pass@k" and value is not None}
+    return by_k | flat
 
 
 def choose_benchmarks(data: Path, settings: EvalSettings) -> dict[str, list[BenchmarkItem]]:

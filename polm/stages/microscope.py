@@ -336,6 +336,7 @@ def build_tables(
     histogram = None if weight is None else compute_weight_histogram(torch.from_numpy(weight))
     return {
         "weighting": settings.weighting,
+        "shuffles": settings.shuffles,
         "eps": settings.eps,
         "num_documents": len(texts),
         "num_tokens": len(ids),
@@ -373,5 +374,6 @@ STAGE = Stage(
     MicroscopeSettings,
     run,
     inputs=("base", "reference", "data"),
+    version=2,
     summary="which tokens a reference lifts and damps",
 )

@@ -43,6 +43,8 @@ def test_numbers_by_hand() -> None:
         ((-1.0, -1.1, -1.2), False, True, True),
         ((1.0, -1.0, 0.2), False, False, False),
         ((0.0, 0.0), False, False, False),
+        ((0.2, 0.2), False, False, False),  # equal differences show no spread
+        ((0.6 - 0.8, 0.4 - 0.6), False, False, False),  # nor where rounding tells them apart
     ],
 )
 def test_what_holds(differences: tuple[float, ...], higher: bool, lower: bool, either: bool) -> None:

@@ -67,6 +67,25 @@ def test_one_seed_has_no_t_interval() -> None:
     assert not interval.excludes_zero
 
 
+@pytest.mark.parametrize(
+    "differences",
+    [[0.2, 0.2], [-0.2] * 5, [0.8 - 0.6, 0.6 - 0.4], [0.0, 0.0], [0.1 + 0.2, 0.3, 0.3], [1e-17, 1.1e-17] * 3],
+)
+def test_equal_differences_decide_nothing(differences: list[float]) -> None:
+    """They say nothing about their spread, also where rounding tells them apart; the numbers stay."""
+    interval = compute_t_interval(differences)
+    assert interval.mean_difference == pytest.approx(differences[0], abs=1e-15)
+    assert interval.high95 - interval.low95 < 1e-14
+    assert not interval.has_width
+    assert not interval.excludes_zero
+
+
+def test_small_differences_that_differ_may_decide() -> None:
+    interval = compute_t_interval([2e-6, 2.1e-6, 1.9e-6])
+    assert interval.has_width
+    assert interval.excludes_zero
+
+
 def test_mean_stderr_by_hand() -> None:
     summary = compute_mean_stderr([1.0, 3.0])  # deviation sqrt(2), over sqrt(2)
     assert (summary.mean, summary.n, summary.note) == (2.0, 2, "")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from polm.evals.statistics import compute_wilson_interval
 from polm.report.compare import (
     CONTROL,
     METRICS,
     Arm,
     compute_rows,
     describe_row,
+    describe_seeds,
     format_interval,
     format_number,
     get_lead_arm,
@@ -157,6 +159,87 @@ def test_a_null_result_reads_as_one(write_evals: Callable[..., Run]) -> None:
         "Base model, after mid-training, greedy on average over benchmarks: remit · cycle 1 against ntp: 0.0 points "
         "(95 % interval 0.0 to 0.0; t interval over 2 seeds). No difference was shown: the interval includes zero."
     )
+
+
+def greedy_of(seeds: Sequence[Mapping[str, str]]) -> dict[str, list[dict[str, Any]]]:
+    """Evaluations of the control, one a seed: of each benchmark the verdicts on its items ("01": wrong, right)."""
+    return {
+        f"s{seed}/c0/ntp/eval_base": [
+            build_item(name, str(i), int(one), [], 1.0, 1)
+            for name, verdicts in found.items()
+            for i, one in enumerate(verdicts)
+        ]
+        for seed, found in enumerate(seeds)
+    }
+
+
+def test_equal_differences_decide_nothing(write_evals: Callable[..., Run]) -> None:
+    """Two seeds that both gain one of five items: the numbers stand, no verdict follows."""
+    control, arm = greedy_of([{"a": "10000"}] * 2), greedy_of([{"a": "11000"}] * 2)
+    evaluations = control | {place.replace("c0/ntp", "c1/remit"): items for place, items in arm.items()}
+    row = compute_rows(write_evals(evaluations)).get("base", REMIT, None, "greedy")
+    assert row is not None
+    assert row.comparison is not None
+    assert row.comparison.interval.low95 == pytest.approx(0.2)
+    assert row.verdict == "undecided"
+    assert describe_row(row).endswith(
+        "+20.0 points (95 % interval +20.0 to +20.0; t interval over 2 seeds). "
+        "No difference was shown: equal differences say nothing about their spread."
+    )
+
+
+@pytest.mark.parametrize(
+    ("seeds", "num_right", "num_items"),
+    [
+        ([{"a": "0" * 12, "b": "0" * 12}], 0, 24),  # one seed, all equal
+        ([{"a": "1" * 12, "b": "0" * 12}], 12, 24),  # all equal within each benchmark
+        ([{"a": "1" * 10, "b": "1" * 990}], 40, 40),  # the ten weigh as much as the 990
+        ([{"a": "0001"}, {"a": "0010"}], 2, 8),  # equal seeds
+        ([{"a": "00", "b": "00"}] * 3, 0, 12),
+    ],
+)
+def test_scores_without_a_spread_get_an_interval_over_their_items(
+    write_evals: Callable[..., Run], seeds: list[dict[str, str]], num_right: int, num_items: int
+) -> None:
+    row = compute_rows(write_evals(greedy_of(seeds))).get("base", CONTROL, None, "greedy")
+    assert row is not None
+    expected = compute_wilson_interval(num_right, num_items)
+    assert row.num_seeds == len(seeds)
+    assert row.score.mean == pytest.approx(expected.mean)
+    assert (row.score.low95, row.score.high95) == pytest.approx((expected.low95, expected.high95))
+
+
+def test_equal_seeds_of_several_benchmarks_are_resampled(write_evals: Callable[..., Run]) -> None:
+    row = compute_rows(write_evals(greedy_of([{"a": "0011", "b": "01"}] * 2))).get("base", CONTROL, None, "greedy")
+    assert row is not None
+    assert row.score.mean == 0.5
+    assert 0 < row.score.low95 < 0.4 < 0.6 < row.score.high95 < 1
+
+
+def test_equal_likelihoods_have_no_interval(write_evals: Callable[..., Run]) -> None:
+    row = compute_rows(write_evals(greedy_of([{"a": "01"}] * 2))).get("base", CONTROL, None, "nll")
+    assert row is not None
+    assert row.score.mean == 1.0
+    assert math.isnan(row.score.low95)
+
+
+def test_bounds_of_an_accuracy_are_possible_ones(write_evals: Callable[..., Run]) -> None:
+    """Seeds at 2 % and 8 %: the t interval would be -33.1 to 43.1 %. Differences keep theirs."""
+    control = greedy_of([{"a": "1" + "0" * 49}, {"a": "1" * 4 + "0" * 46}])
+    arm = greedy_of([{"a": "1" * 49 + "0"}, {"a": "1" * 46 + "0" * 4}])
+    evaluations = control | {place.replace("c0/ntp", "c1/remit"): items for place, items in arm.items()}
+    rows = compute_rows(write_evals(evaluations))
+    low, high = rows.get("base", CONTROL, None, "greedy"), rows.get("base", REMIT, None, "greedy")
+    assert low is not None
+    assert high is not None
+    assert high.comparison is not None
+    assert (low.score.low95, low.score.high95) == pytest.approx((0.0, 0.4312), abs=1e-4)
+    assert (high.score.low95, high.score.high95) == pytest.approx((0.5688, 1.0), abs=1e-4)
+    assert high.comparison.interval.high95 > 1
+
+
+def test_seeds_in_words() -> None:
+    assert [describe_seeds(counts) for counts in ([1], [3, 3], [2, 1, 3])] == ["1 seed", "3 seeds", "1 to 3 seeds"]
 
 
 def test_lower_nll_is_better(write_evals: Callable[..., Run]) -> None:

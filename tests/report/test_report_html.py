@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -126,6 +127,43 @@ def test_hostile_text_everywhere_stays_text(build_run: Callable[..., Path], host
     assert "\u2066" not in page
     text = "".join(parser.text)
     assert "</script><img src=x onerror=alert(1)>\"'`&lt; ⟨U+202E⟩desrever⟨U+2066⟩ ⟨U+0000⟩⟨U+001B⟩[31mred" in text
+
+
+@pytest.mark.parametrize(
+    ("kept", "words", "difference"),
+    [
+        ({"base": 1, "sft": 1, "dpo": 1, "rl": 1}, "of the score over items.", "Over items only: one seed"),
+        ({"base": 3, "sft": 1, "dpo": 2, "rl": 1}, "over 1 to 3 seeds (with one seed over items).", "Over items only"),
+        ({"base": 3, "sft": 3, "dpo": 3, "rl": 3}, "of the score over 3 seeds.", ""),
+    ],
+)
+def test_captions_count_the_seeds_that_were_evaluated(
+    build_run: Callable[..., Path], kept: dict[str, int], words: str, difference: str
+) -> None:
+    """Three seeds are planned; of each point the first few have been evaluated."""
+    run_dir = build_run(seeds=3)
+    for node in json.loads((run_dir / "run.json").read_text())["nodes"]:
+        point = node["id"].rsplit("/", 1)[-1].removeprefix("eval_")
+        if node["stage"] == "eval" and node["seed"] >= kept[point]:
+            shutil.rmtree(run_dir / node["artifact"])
+    text = "".join(parse(build_report(load_run(run_dir))).text)
+    assert text.count(words) == 2  # greedy and sampled
+    assert ("The bootstrap draws" in text) == (min(kept.values()) == 1)
+    after_rl = text[text.index("After RL: greedy") :]
+    reading = after_rl[: after_rl.index("Right is better.") + 60]
+    assert ("Over items only" in reading) == (kept["rl"] == 1)
+    assert difference in text
+    base = text[text.index("Base model, after mid-training: greedy") :]
+    assert ("Over items only" in base[: base.index("Right is better.") + 60]) == (kept["base"] == 1)
+
+
+def test_arms_with_other_numbers_of_seeds_are_told_apart(build_run: Callable[..., Path]) -> None:
+    run_dir = build_run(seeds=3)
+    for node in json.loads((run_dir / "run.json").read_text())["nodes"]:
+        if node["stage"] == "eval" and node["arm"] == "rho1" and node["seed"] > 0:
+            shutil.rmtree(run_dir / node["artifact"])
+    text = "".join(parse(build_report(load_run(run_dir))).text)
+    assert "Over 1 to 3 seeds, with one seed over items only: one seed proves nothing" in text
 
 
 def test_an_answer_without_a_verdict_is_not_called_wrong() -> None:

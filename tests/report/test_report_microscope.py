@@ -38,6 +38,39 @@ def test_shades() -> None:
     assert compute_level(1.0, 1.0, replace(TABLES, eps=0.0)) == 0
 
 
+@pytest.mark.parametrize("weighting", ["plausible", "shuffled"])
+def test_shades_of_plausible_weights(weighting: str) -> None:
+    """They lie in 0..1 whatever ReMiT's eps is, and nothing is lifted."""
+    tables = replace(TABLES, weighting=weighting, shuffles="plausible", eps=0.2)
+    weights = (0.0, 0.3, 0.5, 0.6, 0.8, 0.95, 1.0)
+    assert [compute_level(0.0, w, tables) for w in weights] == [-3, -3, -2, -2, -1, 0, 0]
+    assert compute_level(0.0, 1.2, replace(tables, weighting="shuffled", shuffles="remit")) == 3
+
+
+def test_weightings_in_words(build_run: Callable[..., Path]) -> None:
+    run_dir = build_run()
+    files = [
+        run_dir / node["artifact"] / "tokens.json"
+        for node in json.loads((run_dir / "run.json").read_text())["nodes"]
+        if node["stage"] == "microscope"
+    ]
+    for file, weighting in zip(files, ("plausible", "shuffled"), strict=True):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"weighting": weighting, "shuffles": "plausible"}))
+    page = section_microscope(load_run(run_dir))
+    assert "a token is damped or left as it is, never lifted" in page
+    assert "The control: the weights of plausible, dealt out to the tokens at random" in page
+    assert page.count("least damped, by mean weight") == 2
+    assert (
+        page.count("All near one: the reference would have written every token") == 4
+    )  # each twice: also as alternative
+    assert "ReMiT" not in page
+    # A file of the stage's first version does not say whose weights they are.
+    old = json.loads(files[1].read_text())
+    del old["shuffles"]
+    files[1].write_text(json.dumps(old))
+    assert "ReMiT&#x27;s weights, dealt out" in section_microscope(load_run(run_dir))
+
+
 def test_numbers_in_words() -> None:
     assert describe_numbers(-1.25, -2.5, 1.25, 1.4) == "log p_RL −1.25 · log p_θ −2.50 · delta +1.25 · w 1.40"
     assert describe_numbers(-2.5, -1.0, -1.5, None) == "log p_RL −2.50 · log p_θ −1.00 · delta −1.50"

@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from polm.report import plots
@@ -46,6 +47,8 @@ def get_paths(figure: str) -> list[str]:
         (-3.0, 5.0, [-4, -2, 0, 2, 4, 6]),
         (2.0, 2.0, [1.8, 1.9, 2.0, 2.1, 2.2]),
         (0.0, 0.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (2e-4, math.nextafter(2e-4, 1.0), [1.8e-4, 1.9e-4, 2e-4, 2.1e-4, 2.2e-4]),
+        (math.nextafter(-2.0, -3.0), -2.0, [-2.2, -2.1, -2.0, -1.9, -1.8]),
     ],
 )
 def test_ticks_are_round_and_cover_the_data(low: float, high: float, expected: list[float]) -> None:
@@ -92,6 +95,18 @@ def test_gaps_stay_gaps_and_are_counted() -> None:
     assert path.count("M") == 2
     assert path.count("L") == 1
     assert "2 values that are not finite are not drawn." in figure
+
+
+def test_a_constant_whose_mean_is_off_in_the_last_digit_is_drawn() -> None:
+    """The mean of seven equal learning rates is not quite the learning rate."""
+    mean = float(np.mean([2e-4] * 7))
+    assert 0 < abs(mean - 2e-4) < 1e-18
+    line = Line("lr", [100.0, math.nextafter(100.0, 101.0)], [mean] * 2, 0, low=[2e-4] * 2, high=[2e-4] * 2)
+    figure = build_line_plot([line], y_label="learning rate", **WORDS)
+    places = re.findall(r"[ML]([\d.]+) ([\d.]+)", get_paths(figure)[0])
+    middle = f"{(plots.HEIGHT - plots.BOTTOM + plots.TOP) / 2:.1f}"
+    assert [y for _, y in places] == [middle] * 2
+    assert all(plots.LEFT < float(x) < plots.WIDTH - plots.RIGHT for x, _ in places)
 
 
 def test_long_curves_are_thinned_and_say_so() -> None:

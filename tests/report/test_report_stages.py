@@ -322,6 +322,8 @@ def test_every_count_of_a_loss_has_a_meaning(artifact: Any, tmp_path: Path) -> N
         "dropped_unmarkable": "mark",
         "sft/left_over": "never drawn",
         "holdout_dropped_empty_step": "no text",
+        "prompts_without_revision": "prompts of which nothing",
+        "solutions_without_scores": "no solution is shown",
     }
     for word, meaning in words.items():
         assert meaning in find_meaning(word), word

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,18 @@ def test_training_section_shows_every_stage_and_the_weights(small_run: Path) -> 
     assert page.index("midtrain: ntp/nll") < page.index("midtrain: loss")
     assert page.index("grpo: rl/reward") < page.index("grpo: loss")
     assert "means over 2 seeds" in page
+
+
+def test_curves_say_over_how_many_seeds_they_are(build_run: Callable[..., Path]) -> None:
+    """Two seeds of remit have not begun their mid-training; the control and rho1 have all three."""
+    run_dir = build_run(seeds=3)
+    nodes = json.loads((run_dir / "run.json").read_text())["nodes"]
+    for node in nodes:
+        if node["arm"] == "remit" and node["stage"] == "midtrain" and node["seed"] > 0:
+            shutil.rmtree(run_dir / node["artifact"])
+    page = section_training(load_run(run_dir))
+    assert page.count("Lines are means over 1 to 3 seeds, bands their full range.") > 1
+    assert "Lines are means over 3 seeds, bands their full range." in page  # the other stages
 
 
 def test_samples_show_one_of_each_outcome(build_run: Callable[..., Path]) -> None:
