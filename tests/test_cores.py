@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from polm import cores
+from polm.apps import cli
 from polm.cores import count_cores, read_quota
+from polm.recipe import SFTSettings
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,16 @@ def test_a_process_held_to_one_core_counts_one() -> None:
     words = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
     words += "from polm.cores import count_cores; print(count_cores())"
     assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_a_stage_by_itself_uses_all_cores(tmp_path: Path) -> None:
+    """In a recipe stages run side by side, on one core each; so does one that is run alone to its letter."""
+    (tmp_path / "mine.yaml").write_text("updates: 1\n")
+    (tmp_path / "one.yaml").write_text("updates: 1\nthreads: 1\n")
+
+    def load(recipe: str | None, *words: str) -> int:
+        return cli.load_stage_settings(SFTSettings, "sft", recipe, words).threads  # type: ignore[attr-defined, no-any-return]
+
+    assert load(None) == load(str(tmp_path / "mine.yaml")) == 0
+    assert load("demo") == load(str(tmp_path / "one.yaml")) == 1
+    assert load(None, "threads=3") == load("demo", "threads=3") == 3

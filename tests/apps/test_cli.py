@@ -25,7 +25,7 @@ from polm.flywheel import runner
 from polm.flywheel.graph import build_graph
 from polm.flywheel.store import lock, read_manifest
 from polm.models.loading import save_model
-from polm.recipe import Recipe, SFTSettings
+from polm.recipe import Recipe
 from polm.stages.table import STAGES
 
 
@@ -98,19 +98,6 @@ def test_a_stage_with_settings_of_its_own(polm: Cli, artifact: Any, tmp_path: Pa
     done = polm("sft", "--recipe", "mine.yaml", f"base={artifact('midtrain')}", f"data={data}", "out=o", "threads=1")
     assert done.code == 0, done.err
     assert read_manifest(tmp_path / "o")["config"]["optimizer"]["kind"] == "muon"
-
-
-def test_a_stage_by_itself_uses_all_cores(tmp_path: Path) -> None:
-    """In a recipe stages run side by side, on one core each; so does one that is run alone to its letter."""
-    (tmp_path / "mine.yaml").write_text("updates: 1\n")
-    (tmp_path / "one.yaml").write_text("updates: 1\nthreads: 1\n")
-
-    def load(recipe: str | None, *words: str) -> int:
-        return cli.load_stage_settings(SFTSettings, "sft", recipe, words).threads  # type: ignore[attr-defined, no-any-return]
-
-    assert load(None) == load(str(tmp_path / "mine.yaml")) == 0
-    assert load("demo") == load(str(tmp_path / "one.yaml")) == 1
-    assert load(None, "threads=3") == load("demo", "threads=3") == 3
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))
